@@ -1,0 +1,128 @@
+"""Checkpoints of a training run: orbax, asynchronous, atomic, restorable onto any mesh.
+
+A step directory holds `model` and `optimizer` as flat dicts of arrays under readable names
+("layers.1.blocks.0.attention.o_proj"), and `progress`, the data cursor and the like, as JSON.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from dsjax import model as models
+from dsjax import sharding
+from dsjax.run import Checkpoint, Run
+from dsjax.run_file import from_json
+from dsjax.train_step import TrainState
+
+RUN_FILE = "run.json"
+
+
+class Restored(NamedTuple):
+    """A saved step: the state after it, and the JSON that was saved with it."""
+
+    state: TrainState
+    progress: dict
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree under dotted names."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return {
+        name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)
+    }
+
+
+def _abstract(tree: Any, shardings: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+    return _named(placed)
+
+
+def _unnamed(tree: Any, named: dict[str, Any]) -> Any:
+    """A tree of the given structure with its leaves taken by name."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
+
+
+class Checkpoints:
+    """The checkpoints of `run_dir`. `save` returns once the arrays are copied to host memory."""
+
+    def __init__(self, run_dir: str | Path, config: Checkpoint = Checkpoint()):
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=False)
+        directory = Path(run_dir).resolve() / "checkpoints"
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete step; an interrupted save is not one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, progress: dict) -> None:
+        """Saves the state after `step` steps; an older unfinished save is waited for first."""
+        optimizer = _named({"step": state.step, "opt_state": state.opt_state})
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(_named(state.model)),
+                optimizer=ocp.args.StandardSave(optimizer),
+                progress=ocp.args.JsonSave(progress),
+            ),
+        )
+
+    def restore(self, step: int, state: TrainState, shardings: TrainState) -> Restored:
+        """Step `step` in the structure of the abstract `state`, laid out by `shardings`."""
+        rest = {"step": state.step, "opt_state": state.opt_state}
+        rest_shardings = {"step": shardings.step, "opt_state": shardings.opt_state}
+        saved = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(_abstract(state.model, shardings.model)),
+                optimizer=ocp.args.StandardRestore(_abstract(rest, rest_shardings)),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        rest = _unnamed(rest, saved.optimizer)
+        model = _unnamed(state.model, saved.model)
+        return Restored(TrainState(rest["step"], model, rest["opt_state"]), saved.progress)
+
+    def restore_model(self, step: int, run: Run, mesh: jax.sharding.Mesh) -> models.Transformer:
+        """Only the weights of step `step`."""
+        model = models.abstract(run.model)
+        target = _abstract(model, sharding.shardings(model, mesh))
+        saved = self._manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
+        )
+        return _unnamed(model, saved.model)
+
+    def close(self) -> None:
+        """Waits for the save in flight."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def restore_model(
+    run_dir: str | Path, mesh: jax.sharding.Mesh | None = None
+) -> tuple[models.Transformer, Run]:
+    """The newest weights of a training run (FP32) and the run that made them.
+
+    `mesh=None` restores onto the first device. ValueError if there is no run or no checkpoint yet.
+    """
+    run_file = Path(run_dir) / RUN_FILE
+    if not run_file.is_file():
+        raise ValueError(f"{run_dir} is no training run: it has no {RUN_FILE}")
+    run = from_json(run_file.read_text())
+    checkpoints = Checkpoints(run_dir, run.checkpoint)
+    step = checkpoints.latest_step
+    if step is None:
+        raise ValueError(f"{run_dir} has no complete checkpoint yet; train until one is saved")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    model = checkpoints.restore_model(step, run, mesh)
+    checkpoints.close()
+    return model, run

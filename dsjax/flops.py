@@ -1,0 +1,62 @@
+"""Floating-point operations per token by a stated formula, and what chips can do at most."""
+
+import jax
+
+from dsjax import config
+
+# Dense BF16 peaks in FLOP/s per jax device, from the vendors' data sheets. A TPU v5p chip is one
+# device, a TPU7x chip two.
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def _attention(mla: config.Mla, hidden: int, length: int) -> float:
+    """Multiply-adds of one token: projections, and scores and values over (length + 1) / 2 keys."""
+    head = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    rank = mla.q_lora_rank
+    queries = (
+        hidden * mla.num_heads * head if rank is None else rank * (hidden + mla.num_heads * head)
+    )
+    latent = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    expand = mla.kv_lora_rank * mla.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    out = mla.num_heads * mla.v_head_dim * hidden
+    core = mla.num_heads * (head + mla.v_head_dim) * (length + 1) / 2
+    return queries + latent + expand + out + core
+
+
+def _ffn(ffn: config.Dense | config.Moe, hidden: int) -> float:
+    if isinstance(ffn, config.Dense):
+        return 3 * hidden * ffn.intermediate_size
+    active = ffn.num_chosen + ffn.num_shared
+    return 3 * hidden * ffn.intermediate_size * active + hidden * ffn.num_experts
+
+
+def training_flops_per_token(model: config.Model, length: int) -> float:
+    """6 FLOPs per active multiply-add of a token, in sequences of `length` tokens.
+
+    Counts every matrix product of forward (2 FLOPs per multiply-add) and backward (4): attention
+    projections, causal attention at (length + 1) / 2 keys, chosen and shared experts, router, head,
+    and MTP modules with their own use of the head. Not counted: the embedding lookup, norms,
+    softmax, the optimizer, and whatever is recomputed.
+    """
+    hidden, head = model.hidden_size, model.hidden_size * model.vocab_size
+
+    def block(spec: config.Block) -> float:
+        return _attention(spec.attention, hidden, length) + _ffn(spec.ffn, hidden)
+
+    main = sum(block(spec) for spec in model.blocks) + head
+    mtp = sum(block(spec) + 2 * hidden * hidden + head for spec in model.mtp)
+    return 6.0 * (main + mtp)
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """BF16 peak of all devices together in FLOP/s, None where a kind is not in the table."""
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    return None if None in peaks else sum(peaks)

@@ -1,0 +1,94 @@
+"""Next-token and multi-token cross-entropy over packed rows, without ever forming all logits."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax import sharding
+from dsjax.nn.masks import Places
+
+TOKEN_BLOCK = 512
+
+
+class Batch(NamedTuple):
+    """Packed rows. `segments_BT`: document of each token inside its row from 1, 0 is padding.
+
+    A training batch has a leading axis of micro-batches.
+    """
+
+    tokens_BT: Int[Array, "*n B T"]
+    segments_BT: Int[Array, "*n B T"]
+    positions_BT: Int[Array, "*n B T"]
+
+    @property
+    def places(self) -> Places:
+        return Places(self.positions_BT, self.segments_BT)
+
+
+def ahead(x_BT: Int[Array, "B T"], by: int) -> Int[Array, "B T"]:
+    """x[:, i + by] at i; 0 where the row ends. The row is gathered for it: these are integers."""
+    whole_BT = sharding.reshard(x_BT, "batch", None)
+    moved_BT = jnp.pad(whole_BT[:, by:], ((0, 0), (0, by)))
+    return sharding.reshard(moved_BT, "batch", "length")
+
+
+def targets(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """t_{i+1+depth} at every i, and whether it exists in the same document."""
+    other_BT = ahead(batch.segments_BT, depth + 1)
+    valid_BT = (other_BT == batch.segments_BT) & (batch.segments_BT != 0)
+    return ahead(batch.tokens_BT, depth + 1), valid_BT
+
+
+def target_count(batch: Batch, depth: int) -> Float[Array, ""]:
+    """How many targets of `depth` the rows hold: the cross-entropy's denominator."""
+    return targets(batch, depth)[1].sum(dtype=jnp.float32)
+
+
+def _num_blocks(length: int) -> int:
+    """The fewest equal parts, at least two, of no more than TOKEN_BLOCK tokens."""
+    parts = range(min(2, length), length + 1)
+    return next(n for n in parts if length % n == 0 and length // n <= TOKEN_BLOCK)
+
+
+def cross_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed nats and number of correct guesses over the valid positions.
+
+    Logits exist for one block of tokens at a time, forward and backward, in at least FP32.
+    """
+    wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    blocks = _num_blocks(hidden_BTD.shape[1])
+    # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
+    head_DV = sharding.reshard(head_DV, None, "vocab").astype(wide)
+
+    def split(x):
+        return rearrange(x, "b (c n) ... -> n b c ...", n=blocks)
+
+    @jax.checkpoint
+    def block(sums, rows):
+        hidden_BtD, targets_Bt, valid_Bt = rows
+        logits_BtV = jnp.einsum(
+            "BTD,DV->BTV",
+            hidden_BtD,
+            head_DV.astype(hidden_BtD.dtype),
+            preferred_element_type=wide,
+        )
+        vocab = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BtV.shape[-1]), 2)
+        is_target_BtV = vocab == targets_Bt[..., None]
+        target_Bt = jnp.where(is_target_BtV, logits_BtV, 0).sum(-1)
+        nats_Bt = jax.nn.logsumexp(logits_BtV, axis=-1) - target_Bt
+        correct_Bt = (target_Bt >= logits_BtV.max(-1)) & valid_Bt
+        nats, correct = sums
+        nats += jnp.where(valid_Bt, nats_Bt, 0).sum()
+        return (nats, correct + correct_Bt.sum(dtype=jnp.float32)), None
+
+    zero = jnp.zeros((), wide), jnp.zeros((), jnp.float32)
+    rows = (split(hidden_BTD), split(targets_BT), split(valid_BT))
+    return jax.lax.scan(block, zero, rows)[0]

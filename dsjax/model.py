@@ -1,0 +1,225 @@
+"""The decoder: blocks from their specs, scanned groups of layers, the MTP modules, the head."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax import config, sharding
+from dsjax.nn.masks import Places
+from dsjax.nn.mla import MlaAttention
+from dsjax.nn.mlp import SwiGlu
+from dsjax.nn.moe import MoeFfn, MoeStats
+from dsjax.nn.norm import RMSNorm
+from dsjax.params import normal
+
+ATTENTION = {config.Mla: MlaAttention}
+
+REMAT: dict[str, Callable] = {"full": jax.checkpoint, "none": lambda body: body}
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, spec: config.Block, model: config.Model, *, rngs: nnx.Rngs):
+        size, std, eps = model.hidden_size, model.initializer_std, model.rms_norm_eps
+        self.input_norm = RMSNorm(size, eps=eps)
+        attention = ATTENTION[type(spec.attention)]
+        self.attention = attention(spec.attention, size, std=std, eps=eps, rngs=rngs)
+        self.post_attention_norm = RMSNorm(size, eps=eps)
+        self.ffn = (
+            MoeFfn(spec.ffn, size, std=std, rngs=rngs)
+            if isinstance(spec.ffn, config.Moe)
+            else SwiGlu(size, spec.ffn.intermediate_size, std=std, rngs=rngs)
+        )
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], places: Places, cache: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any, MoeStats | None]:
+        """The layer's output, the attention's new cache, and the experts' statistics if any."""
+        y_BTD, cache = self.attention(self.input_norm(x_BTD), places, cache)
+        x_BTD = x_BTD + y_BTD
+        normed_BTD = self.post_attention_norm(x_BTD)
+        if isinstance(self.ffn, MoeFfn):
+            y_BTD, stats = self.ffn(normed_BTD, _counted(places))
+        else:
+            y_BTD, stats = self.ffn(normed_BTD), None
+        return x_BTD + y_BTD, cache, stats
+
+
+def _counted(places: Places) -> Bool[Array, "B T"]:
+    """Tokens that are not padding."""
+    if places.segments_BT is None:
+        return jnp.ones_like(places.positions_BT, bool)
+    return places.segments_BT != 0
+
+
+class Superblock(nnx.Module):
+    """One pass through a layer group's pattern: the body that `lax.scan` repeats."""
+
+    def __init__(self, pattern: Sequence[config.Block], model: config.Model, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(spec, model, rngs=rngs) for spec in pattern])
+
+    def __call__(self, x_BTD, places: Places, caches):
+        caches = (None,) * len(self.blocks) if caches is None else caches
+        outcomes = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_BTD, cache, stats = block(x_BTD, places, cache)
+            outcomes.append((cache, stats))
+        caches, stats = zip(*outcomes, strict=True)
+        return x_BTD, caches, stats
+
+
+def _stack(group: config.LayerGroup, model: config.Model, rngs: nnx.Rngs) -> Superblock:
+    """`group.repeat` superblocks in one, every weight with a leading layer axis."""
+    keys = jax.random.split(rngs.params(), group.repeat)
+    return jax.vmap(lambda key: Superblock(group.pattern, model, rngs=nnx.Rngs(key)))(keys)
+
+
+class MtpModule(nnx.Module):
+    """One depth of multi-token prediction (V3 section 2.2), sharing embedding and head.
+
+        h'_i = M [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i)],   h^k = RMSNorm(TRM(h'))
+
+    The embedding comes first, as in the released `eh_proj`; h^0 is the main model's hidden state
+    after its final norm, and h^k after `norm` is what depth k + 1 gets.
+    """
+
+    def __init__(self, spec: config.Block, model: config.Model, *, rngs: nnx.Rngs):
+        size, std, eps = model.hidden_size, model.initializer_std, model.rms_norm_eps
+        self.enorm = RMSNorm(size, eps=eps)
+        self.hnorm = RMSNorm(size, eps=eps)
+        self.eh_proj = normal(rngs, (2 * size, size), (None, "embed"), std=std)
+        self.block = Block(spec, model, rngs=rngs)
+        self.norm = RMSNorm(size, eps=eps)
+
+    def __call__(
+        self,
+        embedded_BTD: Float[Array, "B T D"],
+        hidden_BTD: Float[Array, "B T D"],
+        places: Places,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any, MoeStats | None]:
+        joined_BTX = jnp.concatenate([self.enorm(embedded_BTD), self.hnorm(hidden_BTD)], axis=-1)
+        x_BTD = jnp.einsum("BTX,XD->BTD", joined_BTX, self.eh_proj[...])
+        x_BTD, cache, stats = self.block(x_BTD, places, cache)
+        return self.norm(x_BTD), cache, stats
+
+
+class Hidden(NamedTuple):
+    """What the layers give: final-normed `hidden_BTD`, new caches, statistics per layer group.
+
+    `stats[g][p]` belongs to block p of group g's pattern, stacked over its repeats; None if dense.
+    """
+
+    hidden_BTD: Float[Array, "B T D"]
+    caches: Any
+    stats: tuple
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek decoder as a value: `Transformer(config, rngs=nnx.Rngs(0))(tokens)`."""
+
+    def __init__(self, model: config.Model, *, rngs: nnx.Rngs):
+        self.config = model
+        rows, size, std = model.vocab_size, model.hidden_size, model.initializer_std
+        self.embed = normal(rngs, (rows, size), (None, "embed"), std=std)
+        self.layers = nnx.List([_stack(group, model, rngs) for group in model.layers])
+        self.norm = RMSNorm(size, eps=model.rms_norm_eps)
+        self.lm_head = normal(rngs, (size, rows), ("embed", "vocab"), std=std)
+        self.mtp = nnx.List([MtpModule(spec, model, rngs=rngs) for spec in model.mtp])
+
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], places: Places | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, in the weights' dtype; rows are one document each by default."""
+        places = default_places(tokens_BT) if places is None else places
+        return self.logits(self.hidden(tokens_BT, places).hidden_BTD)
+
+    def embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding table; the table is gathered first."""
+        table_VD = sharding.reshard(self.embed[...], None, None)
+        out = sharding.spec("batch", "length", None) if sharding.active() else None
+        return table_VD.at[tokens_BT].get(out_sharding=out)
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The shared output head on final-normed states."""
+        head_DV = sharding.reshard(self.lm_head[...], None, "vocab")
+        return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV)
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        places: Places,
+        caches: tuple | None = None,
+        *,
+        remat: str = "none",
+    ) -> Hidden:
+        """Runs all layers; `caches` (from `init_caches`) makes them look back and be extended.
+
+        `remat` says what backward recomputes: "full" each layer, "none" nothing.
+        """
+        x_BTD = self.embedded(tokens_BT)
+        caches = (None,) * len(self.layers) if caches is None else caches
+
+        @REMAT[remat]
+        def body(x_BTD, layer):
+            superblock, cache = layer
+            x_BTD, cache, stats = sharding.unshard(superblock)(x_BTD, places, cache)
+            return x_BTD, (cache, stats)
+
+        outcomes = []
+        for stack, cache in zip(self.layers, caches, strict=True):
+            x_BTD, outcome = jax.lax.scan(body, x_BTD, (stack, cache))
+            outcomes.append(outcome)
+        caches, stats = zip(*outcomes, strict=True)
+        return Hidden(self.norm(x_BTD), caches, stats)
+
+    def mtp_hidden(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        next_tokens: Sequence[Int[Array, "B T"]],
+        places: Places,
+        *,
+        remat: str = "none",
+    ) -> tuple[list[Float[Array, "B T D"]], list[MoeStats | None]]:
+        """Normed states of each MTP depth k, given tokens t_{i+k} at every position i."""
+
+        @REMAT[remat]
+        def run(module, tokens_BT, hidden_BTD):
+            embedded_BTD = self.embedded(tokens_BT)
+            hidden_BTD, _, stats = sharding.unshard(module)(embedded_BTD, hidden_BTD, places)
+            return hidden_BTD, stats
+
+        states, all_stats = [], []
+        for module, tokens_BT in zip(self.mtp, next_tokens, strict=True):
+            hidden_BTD, stats = run(module, tokens_BT, hidden_BTD)
+            states.append(hidden_BTD)
+            all_stats.append(stats)
+        return states, all_stats
+
+    def init_caches(self, batch: int, num_slots: int) -> tuple:
+        """Empty caches of all main layers, in the weights' dtype, stacked as the layers are."""
+        dtype = self.embed.dtype
+
+        def stacked(group, superblock):
+            one = tuple(b.attention.init_cache(batch, num_slots, dtype) for b in superblock.blocks)
+            return jax.tree.map(lambda x: jax.lax.broadcast(x, (group.repeat,)), one)
+
+        return tuple(
+            stacked(group, stack)
+            for group, stack in zip(self.config.layers, self.layers, strict=True)
+        )
+
+
+def default_places(tokens_BT: Int[Array, "B T"]) -> Places:
+    """Every row one document from position 0."""
+    return Places(jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1))
+
+
+def abstract(model: config.Model) -> Transformer:
+    """The model with shapes and dtypes but no memory, for counting, sharding and restoring."""
+    return jax.eval_shape(lambda: Transformer(model, rngs=nnx.Rngs(0)))

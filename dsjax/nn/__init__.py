@@ -1,0 +1,1 @@
+"""The layers, one idea per file. None of them knows a mesh axis, a compute dtype or a file format."""

@@ -1,0 +1,47 @@
+"""Which token may look at which: causal order and document borders, as values."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from dsjax import sharding
+
+
+class Places(NamedTuple):
+    """Where tokens stand: rotary `positions_BT`, and `segments_BT`, the document of each (0: pad).
+
+    `segments_BT=None` says that each row is one document.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"] | None = None
+
+
+class Visibility(NamedTuple):
+    """Query t sees key s if it does not come later and lies in the same document."""
+
+    query_BT: Int[Array, "#B T"]
+    key_BS: Int[Array, "#B S"]
+    query_segment_BT: Int[Array, "B T"] | None = None
+    key_segment_BS: Int[Array, "B S"] | None = None
+
+    def matrix(self) -> Bool[Array, "#B T S"]:
+        """True where query t may look at key s."""
+        seen = self.query_BT[:, :, None] >= self.key_BS[:, None, :]
+        if self.query_segment_BT is None:
+            return seen
+        return seen & (self.query_segment_BT[:, :, None] == self.key_segment_BS[:, None, :])
+
+
+def within_rows(places: Places) -> Visibility:
+    """Every token of the rows is query and key; order is the place in the row."""
+    index_1T = jnp.arange(places.positions_BT.shape[1])[None]
+    segments = places.segments_BT
+    key_segments = None if segments is None else sharding.reshard(segments, "batch", None)
+    return Visibility(index_1T, index_1T, segments, key_segments)
+
+
+def over_cache(places: Places, num_slots: int) -> Visibility:
+    """Queries look back over a cache whose slot s holds the token of position s."""
+    return Visibility(places.positions_BT, jnp.arange(num_slots)[None])

@@ -1,0 +1,178 @@
+"""Multi-head latent attention: expanded for training and prefill, absorbed for decode.
+
+One parameter set. Per token and layer the cache holds the normed latent (C numbers) and the rotated
+key shared by all heads (R numbers); expanded keys and values are never stored.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax import sharding
+from dsjax.config import Mla
+from dsjax.nn import masks, rope
+from dsjax.nn.attend import attend
+from dsjax.nn.masks import Places
+from dsjax.nn.norm import RMSNorm
+from dsjax.params import normal
+
+HEADS = ("batch", "length", "heads", None)
+
+
+class LatentCache(NamedTuple):
+    """What one layer remembers of S tokens; slot s belongs to position s."""
+
+    latent_BSC: Float[Array, "B S C"]
+    rope_BSR: Float[Array, "B S R"]
+
+
+class DirectQuery(nnx.Module):
+    """Queries straight from the hidden state (V2-Lite): W_Q x."""
+
+    def __init__(self, config: Mla, hidden_size: int, *, std: float, eps: float, rngs: nnx.Rngs):
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.q_proj = normal(
+            rngs, (hidden_size, config.num_heads, head_dim), ("embed", "heads", None), std=std
+        )
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N HR"]:
+        return jnp.einsum("BTD,DNX->BTNX", x_BTD, self.q_proj[...])
+
+
+class LatentQuery(nnx.Module):
+    """Queries through a normed latent of rank Q: W_UQ RMSNorm(W_DQ x)."""
+
+    def __init__(self, config: Mla, hidden_size: int, *, std: float, eps: float, rngs: nnx.Rngs):
+        rank, head_dim = config.q_lora_rank, config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.q_a_proj = normal(rngs, (hidden_size, rank), ("embed", None), std=std)
+        self.q_a_norm = RMSNorm(rank, eps=eps)
+        self.q_b_proj = normal(
+            rngs, (rank, config.num_heads, head_dim), ("embed", "heads", None), std=std
+        )
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N HR"]:
+        latent_BTQ = self.q_a_norm(jnp.einsum("BTD,DQ->BTQ", x_BTD, self.q_a_proj[...]))
+        return jnp.einsum("BTQ,QNX->BTNX", latent_BTQ, self.q_b_proj[...])
+
+
+class MlaAttention(nnx.Module):
+    """DeepSeek-V2 eqs. 37-47; softmax scale (H + R)^-0.5 m^2 with YaRN's m."""
+
+    def __init__(self, config: Mla, hidden_size: int, *, std: float, eps: float, rngs: nnx.Rngs):
+        heads, rank = config.num_heads, config.kv_lora_rank
+        nope, rotary, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.config = config
+        query = DirectQuery if config.q_lora_rank is None else LatentQuery
+        self.query = query(config, hidden_size, std=std, eps=eps, rngs=rngs)
+        self.kv_a_proj = normal(rngs, (hidden_size, rank + rotary), ("embed", None), std=std)
+        self.kv_a_norm = RMSNorm(rank, eps=eps)
+        self.kv_b_proj = normal(
+            rngs, (rank, heads, nope + value), ("embed", "heads", None), std=std
+        )
+        self.o_proj = normal(rngs, (heads, value, hidden_size), ("heads", None, "embed"), std=std)
+
+    @property
+    def scale(self) -> float:
+        """The factor on the scores."""
+        head_dim = self.config.qk_nope_head_dim + self.config.qk_rope_head_dim
+        return head_dim**-0.5 * rope.softmax_factor(self.config.rope)
+
+    def init_cache(self, batch: int, num_slots: int, dtype: jnp.dtype) -> LatentCache:
+        """An empty cache of `num_slots` tokens per row."""
+        rank, rotary = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        return LatentCache(
+            sharding.reshard(jnp.zeros((batch, num_slots, rank), dtype), "batch", None, None),
+            sharding.reshard(jnp.zeros((batch, num_slots, rotary), dtype), "batch", None, None),
+        )
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], places: Places, cache: LatentCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        """Attention over the rows themselves, or over a cache that the tokens are first added to.
+
+        With a cache, row b must hold consecutive positions; they are the slots written.
+        """
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        query_BTNX = self.query(x_BTD)
+        q_nope_BTNH = query_BTNX[..., :nope]
+        q_rope_BTNR = rope.rotate(query_BTNX[..., nope:], places.positions_BT, self.config.rope)
+
+        joint_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, self.kv_a_proj[...])
+        latent_BTC = self.kv_a_norm(joint_BTX[..., :rank])
+        rope_BTR = rope.rotate(joint_BTX[:, :, None, rank:], places.positions_BT, self.config.rope)[
+            :, :, 0
+        ]
+
+        if cache is None:
+            # Under context parallelism this gathers C + R numbers per token, not keys and values.
+            latent_BSC = sharding.reshard(latent_BTC, "batch", None, None)
+            rope_BSR = sharding.reshard(rope_BTR, "batch", None, None)
+            visibility = masks.within_rows(places)
+            out_BTNW = self.expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility)
+        else:
+            cache = _write(cache, latent_BTC, rope_BTR, places.positions_BT[:, 0])
+            visibility = masks.over_cache(places, cache.latent_BSC.shape[1])
+            path = self.absorbed if self._absorbing_pays(x_BTD.shape[1]) else self.expanded
+            out_BTNW = path(q_nope_BTNH, q_rope_BTNR, *cache, visibility)
+        y_BTD = sharding.einsum(
+            "BTNW,NWD->BTD", out_BTNW, self.o_proj[...], axes=("batch", "length", None)
+        )
+        return y_BTD, cache
+
+    def _absorbing_pays(self, num_queries: int) -> bool:
+        """Whether reading T queries against latents costs less than expanding each latent once.
+
+        Per head and cached token: T (2C - H - W) extra multiplications against C (H + W) saved.
+        """
+        rank, value = self.config.kv_lora_rank, self.config.v_head_dim
+        head = self.config.qk_nope_head_dim + value
+        return num_queries * (2 * rank - head) <= rank * head
+
+    def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility):
+        """Multi-head attention over keys and values unfolded from the latents: [B, T, N, W]."""
+        nope = self.config.qk_nope_head_dim
+        keys_values_BSNX = jnp.einsum("BSC,CNX->BSNX", latent_BSC, self.kv_b_proj[...])
+        return attend(
+            (q_nope_BTNH, q_rope_BTNR),
+            (keys_values_BSNX[..., :nope], rope_BSR),
+            keys_values_BSNX[..., nope:],
+            visibility,
+            scale=self.scale,
+        )
+
+    def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility):
+        """The same numbers with W_UK folded into the query and W_UV into the output: [B, T, N, W]."""
+        nope = self.config.qk_nope_head_dim
+        up_key_CNH, up_value_CNW = self.kv_b_proj[..., :nope], self.kv_b_proj[..., nope:]
+        q_latent_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, up_key_CNH)
+        out_BTNC = attend(
+            (q_latent_BTNC, q_rope_BTNR),
+            (latent_BSC, rope_BSR),
+            latent_BSC,
+            visibility,
+            scale=self.scale,
+        )
+        return jnp.einsum("BTNC,CNW->BTNW", out_BTNC, up_value_CNW)
+
+
+def _write(
+    cache: LatentCache,
+    latent_BTC: Float[Array, "B T C"],
+    rope_BTR: Float[Array, "B T R"],
+    start_B: Int[Array, " B"],
+) -> LatentCache:
+    """Puts T consecutive tokens of each row into the cache, from slot `start_B` on."""
+
+    def put(old_BSX, new_BTX, start_B):
+        return jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (start, 0)))(
+            old_BSX, new_BTX.astype(old_BSX.dtype), start_B
+        )
+
+    rows, starts = sharding.spec("batch", None, None), sharding.spec("batch")
+    put = sharding.local(put, (rows, rows, starts), rows)
+    return LatentCache(
+        put(cache.latent_BSC, latent_BTC, start_B), put(cache.rope_BSR, rope_BTR, start_B)
+    )

@@ -1,0 +1,24 @@
+"""SwiGLU feed-forward layer, dense or shared expert."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsjax import sharding
+from dsjax.params import normal
+
+
+class SwiGlu(nnx.Module):
+    """W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, hidden_size: int, width: int, *, std: float, rngs: nnx.Rngs):
+        self.gate_up_proj = normal(rngs, (hidden_size, 2, width), ("embed", None, "ffn"), std=std)
+        self.down_proj = normal(rngs, (width, hidden_size), ("ffn", "embed"), std=std)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        pair_BTPF = jnp.einsum("BTD,DPF->BTPF", x_BTD, self.gate_up_proj[...])
+        hidden_BTF = jax.nn.silu(pair_BTPF[:, :, 0]) * pair_BTPF[:, :, 1]
+        return sharding.einsum(
+            "BTF,FD->BTD", hidden_BTF, self.down_proj[...], axes=("batch", "length", None)
+        )

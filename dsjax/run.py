@@ -1,0 +1,187 @@
+"""What a run *is*: model, data, objective, optimizer, mesh, and where the results go.
+
+A run file under `configs/` builds one `Run`; the command line changes single leaves of it.
+"""
+
+import dataclasses
+
+from dsjax.config import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piecewise:
+    """A value that jumps: `steps=((0.0, 0.3), (0.68, 0.1))` is 0.3, then 0.1 from 68% of the run."""
+
+    steps: tuple[tuple[float, float], ...]
+
+    def __post_init__(self):
+        starts = [start for start, _ in self.steps]
+        if not starts or starts[0] != 0.0 or starts != sorted(starts) or starts[-1] > 1.0:
+            raise ValueError(
+                f"Piecewise.steps is {self.steps}; it must be (fraction of the run, value) pairs "
+                "with rising fractions that begin at 0.0 and end by 1.0"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """The V3 schedule (report section 4.2), its phases as fractions of the run.
+
+    Linear warm-up for `warmup_steps`, `peak` until `constant_until`, cosine down to
+    `final * peak` at `cosine_until`, that value until `tail_until`, then `last * peak`.
+    """
+
+    peak: float
+    warmup_steps: int
+    constant_until: float = 10 / 14.8
+    cosine_until: float = 14.3 / 14.8
+    tail_until: float = 14.633 / 14.8
+    final: float = 0.1
+    last: float = 7.3e-6 / 2.2e-4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepDecay:
+    """The V2 schedule (report section 3.1.2): linear warm-up for `warmup_steps`, then `peak`.
+
+    From each fraction of the run in `at` on, the rate is `factor` times what it was before.
+    """
+
+    peak: float
+    warmup_steps: int
+    at: tuple[float, ...] = (0.6, 0.9)
+    factor: float = 0.316
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW (V3 section 4.2). Decay applies to matrices, not to norm scales."""
+
+    learning_rate: LearningRate | StepDecay
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Weights of the loss terms and the router-bias speed; the defaults are V3's (section 4.2)."""
+
+    mtp_weight: Piecewise = Piecewise(steps=((0.0, 0.3), (10 / 14.8, 0.1)))
+    balance_weight: float = 1e-4
+    bias_rate: Piecewise = Piecewise(steps=((0.0, 0.001), (14.3 / 14.8, 0.0)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """`size` sequences of `length` tokens per step, computed `micro` sequences at a time.
+
+    `ramp_from` sequences at first, growing linearly to `size` until `ramp_until` (fraction of the
+    run), in whole micro-batches. `micro=None` takes the batch in one piece and allows no ramp.
+    """
+
+    size: int
+    length: int
+    micro: int | None = None
+    ramp_from: int | None = None
+    ramp_until: float = 0.0
+
+    def __post_init__(self):
+        micro = self.micro or self.size
+        if self.size < 1 or self.length < 2 or micro < 1 or self.size % micro:
+            raise ValueError(
+                f"batch.size={self.size} must be a positive multiple of batch.micro={self.micro}, "
+                f"and batch.length={self.length} at least 2"
+            )
+        start = self.size if self.ramp_from is None else self.ramp_from
+        if start % micro or not micro <= start <= self.size:
+            raise ValueError(
+                f"batch.ramp_from={self.ramp_from} must be a multiple of batch.micro={micro} "
+                f"no larger than batch.size={self.size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StandardLibrary:
+    """Python's own source files, bytes as tokens; always present. `held_out`: share kept for eval."""
+
+    held_out: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """A folder of `.jsonl`, `.parquet` or `.txt` documents and a Hugging Face `tokenizer.json`."""
+
+    path: str
+    tokenizer: str
+    text_field: str = "text"
+    held_out: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices along each mesh axis; 1 is 'unused', and -1 (one axis only) takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Save every `every` steps and at the end, keep the newest `keep`."""
+
+    every: int = 100
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss over the same `batches` batches every `every` steps and at the end."""
+
+    every: int = 100
+    batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Stop on NaN always, and when loss exceeds `spike` times the median of the last `window`."""
+
+    spike: float = 2.0
+    window: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The text continued at the end of a run."""
+
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.7
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything `train.py` needs. `precision`: "fp32" or "bf16" compute; weights stay FP32."""
+
+    model: Model
+    data: StandardLibrary | Files
+    batch: BatchShape
+    optim: Optim
+    steps: int
+    run_dir: str
+    seed: int = 0
+    precision: str = "bf16"
+    remat: str = "full"
+    log_every: int = 10
+    objective: Objective = Objective()
+    mesh: MeshShape = MeshShape()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    guard: Guard = Guard()
+    sample: Sample = Sample()

@@ -1,0 +1,159 @@
+"""The only file that knows mesh axes: one mesh, one table from logical axis to mesh axes.
+
+Weights are stored sharded over `fsdp` as well (ZeRO-3) and gathered by `unshard`, one layer at a
+time, where they are used. Everything here also works without a mesh: then it does nothing, so a
+module can be called in a notebook like a function.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH_AXES = ("data", "fsdp", "expert")
+TOKEN_AXES = (*BATCH_AXES, "context")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    # Activations.
+    "batch": BATCH_AXES,
+    "length": "context",
+    # Weights: `embed` is the one that ZeRO-3 cuts; the others stay cut while computing.
+    "embed": "fsdp",
+    "heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+}
+GATHERED = "embed"
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+    """The mesh over `devices` (default: all). Every axis always exists; one may be -1, 'the rest'.
+
+    Raises ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor, "context": context}
+    asked = " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    rest = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) > 1 or known < 1 or min(sizes.values()) < -1:
+        raise ValueError(f"{asked}: sizes must be positive, and at most one may be -1 (the rest)")
+    if rest and len(devices) % known == 0:
+        sizes[rest[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"{asked} does not make use of all {len(devices)} devices; choose sizes whose product "
+            f"is {len(devices)}, or set one axis to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
+    )
+
+
+def active() -> bool:
+    """Whether a mesh is set (`with jax.set_mesh(mesh)`)."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def axis_size(name: str) -> int:
+    """Devices along mesh axis `name`; 1 without a mesh."""
+    return jax.sharding.get_abstract_mesh().shape[name] if active() else 1
+
+
+def spec(*axes: str | None) -> P:
+    """The PartitionSpec of an array whose dimensions are the logical `axes`."""
+    return P(*(RULES.get(axis) for axis in axes))
+
+
+def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lays `x` out by logical `axes`: the visible line of a gather or a slice."""
+    return jax.reshard(x, spec(*axes)) if active() else x
+
+
+def einsum(subscripts: str, *operands: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """`jnp.einsum` whose result lies as `axes` say; a contraction of a cut axis is an all-reduce."""
+    return jnp.einsum(subscripts, *operands, out_sharding=spec(*axes) if active() else None)
+
+
+def local(function: Callable, in_specs, out_specs) -> Callable:
+    """`function` on each device's own piece (`jax.shard_map`); itself without a mesh."""
+    if not active():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+
+
+def varying(tree, *mesh_axes: str):
+    """Inside `local`: marks values that are equal along `mesh_axes` as each device's own.
+
+    Backward this is the sum over those axes: of a weight's gradient over the tokens' devices.
+    """
+    if not active():
+        return tree
+    return jax.tree.map(lambda x: jax.lax.pcast(x, mesh_axes, to="varying"), tree)
+
+
+def is_variable(node) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """Logical axes of a weight; a stack of layers has leading axes that no one cuts."""
+    missing = variable.get_value().ndim - len(variable.axes)
+    return (None,) * missing + tuple(variable.axes)
+
+
+def stored_spec(variable: nnx.Variable) -> P:
+    """Where a weight lives between its uses."""
+    return spec(*_axes(variable))
+
+
+def compute_spec(variable: nnx.Variable) -> P:
+    """Where a weight lies while it is used: gathered over `fsdp`."""
+    return spec(*(None if axis == GATHERED else axis for axis in _axes(variable)))
+
+
+def unshard(module):
+    """Gathers a layer's weights over `fsdp` (backward: reduce-scatters their gradients)."""
+    if not active():
+        return module
+    return jax.tree.map(
+        lambda v: v.replace(jax.reshard(v.get_value(), compute_spec(v))),
+        module,
+        is_leaf=is_variable,
+    )
+
+
+def shardings(module, mesh: jax.sharding.Mesh):
+    """The stored sharding of every variable of a (possibly abstract) module, in its structure.
+
+    Raises ValueError naming the weight whose dimension does not divide over its mesh axis.
+    """
+
+    def one(path, variable: nnx.Variable):
+        partition = stored_spec(variable)
+        for size, mesh_axes in zip(variable.get_value().shape, partition, strict=True):
+            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+            parts = math.prod(mesh.shape[name] for name in names)
+            if size % parts:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} has a dimension of {size}, which does not "
+                    f"divide over mesh axis {'*'.join(names)}={parts}; choose a divisor of {size}"
+                )
+        return variable.replace(NamedSharding(mesh, partition))
+
+    return jax.tree_util.tree_map_with_path(one, module, is_leaf=is_variable)

@@ -1,0 +1,176 @@
+"""The training step: a pure function of state and batch, compiled once, state donated."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax import losses, optim, sharding
+from dsjax.losses import Batch
+from dsjax.model import Transformer
+from dsjax.params import RouterBias, cast
+from dsjax.run import Run
+
+COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+class TrainState(NamedTuple):
+    """Everything the next step depends on besides the data."""
+
+    step: Int[Array, ""]
+    model: Transformer
+    opt_state: optax.OptState
+
+
+class Totals(NamedTuple):
+    """Denominators over the whole batch, so that micro-batches add up to exactly its loss.
+
+    `targets[k]` counts the targets of MTP depth k (0: the main model), `tokens` what is not
+    padding, `rows` the sequences.
+    """
+
+    targets: tuple[Float[Array, ""], ...]
+    tokens: Float[Array, ""]
+    rows: Float[Array, ""]
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to. `loads[i]`: tokens per expert of the i-th stack of MoE layers."""
+
+    nats: tuple[Float[Array, ""], ...]
+    correct: tuple[Float[Array, ""], ...]
+    balance: Float[Array, ""]
+    loads: tuple[Float[Array, "*L E"], ...]
+
+
+def init_state(run: Run) -> TrainState:
+    """Step 0: drawn weights and zero moments, FP32."""
+    model = Transformer(run.model, rngs=nnx.Rngs(run.seed))
+    opt_state = optim.adamw(run.optim, run.steps).init(nnx.state(model, nnx.Param))
+    return TrainState(jnp.zeros((), jnp.int32), model, opt_state)
+
+
+def state_shardings(run: Run, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where every array of the state lives; moments lie as their weights do."""
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def of(node):
+        return sharding.shardings(node, mesh) if sharding.is_variable(node) else replicated
+
+    return jax.tree.map(of, jax.eval_shape(lambda: init_state(run)), is_leaf=sharding.is_variable)
+
+
+def forward(
+    model: Transformer, batch: Batch, *, remat: str
+) -> tuple[tuple[Float[Array, ""], ...], Sums]:
+    """Summed cross-entropy of every depth, and the other sums, for one micro-batch."""
+    places = batch.places
+    wanted = [losses.targets(batch, depth) for depth in range(len(model.mtp) + 1)]
+    main = model.hidden(batch.tokens_BT, places, remat=remat)
+    # Depth k reads token i + k, which is what depth k - 1 had to predict.
+    next_tokens = [tokens_BT for tokens_BT, _ in wanted[:-1]]
+    states, mtp_stats = model.mtp_hidden(main.hidden_BTD, next_tokens, places, remat=remat)
+    outcomes = [
+        losses.cross_entropy(hidden_BTD, model.lm_head[...], *wanted[depth])
+        for depth, hidden_BTD in enumerate([main.hidden_BTD, *states])
+    ]
+    nats, correct = zip(*outcomes, strict=True)
+    moe = [stats for group in (*main.stats, mtp_stats) for stats in group if stats is not None]
+    balance = sum((stats.balance_B.sum() for stats in moe), start=jnp.zeros((), jnp.float32))
+    return nats, Sums(nats, correct, balance, tuple(stats.load_E for stats in moe))
+
+
+def _accumulated(function: Callable[[Batch], tuple], batch: Batch, used: Int[Array, ""]) -> tuple:
+    """function(micro) added up over the first `used` micro-batches, one after the other."""
+    if batch.tokens_BT.shape[0] == 1:
+        return function(jax.tree.map(lambda x: x[0], batch))
+
+    def add(index, total):
+        micro = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch
+        )
+        return jax.tree.map(jnp.add, total, function(micro))
+
+    first = function(jax.tree.map(lambda x: x[0], batch))
+    return jax.lax.fori_loop(1, used, add, first)
+
+
+def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], tuple]:
+    """`step(state, batch, used) -> (state, metrics)`, jitted, `state` donated.
+
+    The first `used` micro-batches count, so a batch-size ramp needs one compilation. The loss is
+    CE + lambda / D sum_k CE_k + alpha sum_layers balance (V3 report eqs. 17, 24, 25), each term a
+    mean over the whole batch.
+    """
+    dtype, depths = COMPUTE_DTYPES[run.precision], len(run.model.mtp)
+    optimizer = optim.adamw(run.optim, run.steps)
+    rate = optim.learning_rate(run.optim.learning_rate, run.steps)
+    mtp_weight = optim.piecewise(run.objective.mtp_weight, run.steps)
+    bias_rate = optim.piecewise(run.objective.bias_rate, run.steps)
+
+    def count(micro: Batch) -> Totals:
+        targets = tuple(losses.target_count(micro, depth) for depth in range(depths + 1))
+        tokens = (micro.segments_BT != 0).sum(dtype=jnp.float32)
+        return Totals(targets, tokens, jnp.float32(micro.tokens_BT.shape[0]))
+
+    def step(state: TrainState, batch: Batch, used: Int[Array, ""]):
+        graph, params, biases = nnx.split(state.model, nnx.Param, RouterBias)
+        totals = _accumulated(count, batch, used)
+        weights = (jnp.float32(1.0),) + (mtp_weight(state.step) / max(depths, 1),) * depths
+        alpha = run.objective.balance_weight / totals.rows
+
+        def loss(params, micro: Batch):
+            model = cast(nnx.merge(graph, params, biases), dtype)
+            nats, sums = forward(model, micro, remat=run.remat)
+            terms = zip(weights, nats, totals.targets, strict=True)
+            # A batch may hold no target of a deep MTP module at all.
+            entropy = sum(w * n / jnp.maximum(total, 1) for w, n, total in terms)
+            return entropy + alpha * sums.balance, sums
+
+        def gradient(micro: Batch):
+            (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, micro)
+            return value, sums, grads
+
+        value, sums, grads = _accumulated(gradient, batch, used)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if biases:
+            biases = optim.move_router_biases(biases, sums.loads, bias_rate(state.step))
+        model = nnx.merge(graph, params, biases)
+
+        per_target = [
+            n / jnp.maximum(total, 1) for n, total in zip(sums.nats, totals.targets, strict=True)
+        ]
+        metrics = {
+            "loss": per_target[0],
+            "objective": value,
+            "balance_loss": sums.balance / totals.rows,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": rate(state.step),
+            "tokens": totals.tokens,
+            "loads": sums.loads,
+        }
+        for depth in range(1, depths + 1):
+            total = jnp.maximum(totals.targets[depth], 1)
+            metrics[f"mtp{depth}_loss"] = per_target[depth]
+            metrics[f"mtp{depth}_accuracy"] = sums.correct[depth] / total
+        return TrainState(state.step + 1, model, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(run: Run) -> Callable[[Transformer, Batch], tuple]:
+    """`step(model, batch) -> (nats, targets)` of the main model over one batch [B, T], jitted."""
+    dtype = COMPUTE_DTYPES[run.precision]
+
+    def step(model: Transformer, batch: Batch):
+        model = cast(model, dtype)
+        hidden_BTD = model.hidden(batch.tokens_BT, batch.places).hidden_BTD
+        nats, _ = losses.cross_entropy(hidden_BTD, model.lm_head[...], *losses.targets(batch, 0))
+        return nats, losses.target_count(batch, 0)
+
+    return jax.jit(step)

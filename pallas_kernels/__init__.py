@@ -1,0 +1,1 @@
+"""Kernels and their plain references. Importable alone; needs jax only."""

@@ -1,0 +1,66 @@
+"""Settings every test runs under: 8 virtual CPU devices, no silent promotion, seeds by name."""
+
+import functools
+import os
+import zlib
+from pathlib import Path
+
+import hypothesis
+import jax
+import optax.tree
+import pytest
+
+GOLDENS = Path(__file__).parent / "golden"
+
+# Before any array exists. The suite is about values on 8 CPU devices also where there is a GPU;
+# JAX_PLATFORMS, which jax reads itself, says otherwise.
+if not jax.config.jax_platforms:
+    jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A first call compiles, so no deadline; and the same examples every time, as everywhere else here.
+hypothesis.settings.register_profile("dsjax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dsjax")
+
+
+def _relaxed(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+# optax 0.2.8: Adam's bias correction raises a Python float to the power of its int32 step counter,
+# which strict promotion refuses. This one function of theirs runs under standard promotion, so that
+# all of ours stays strict. (2026-11)
+optax.tree.bias_correction = _relaxed(optax.tree.bias_correction)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--goldens", type=Path, default=GOLDENS, help="folder of goldens (default: tests/golden)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("goldens").resolve()
+    if not folder.is_dir():
+        raise pytest.UsageError(f"--goldens={folder} is no folder; the stored ones are {GOLDENS}")
+    # The reader in tests/oracles/golden.py also serves plain scripts, so it asks the environment.
+    os.environ["GOLDEN_DIR"] = str(folder)
+
+
+@pytest.fixture(scope="session")
+def golden_dir(pytestconfig: pytest.Config) -> Path:
+    """The folder of goldens to test against; `make parity` points it at fresh ones."""
+    return pytestconfig.getoption("goldens").resolve()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of the test's own, the same in every run, changed only by renaming the test."""
+    return zlib.crc32(request.node.nodeid.encode())

@@ -1,0 +1,237 @@
+"""Trains a DeepSeek model: python train.py configs/tiny.py [key=value ...]
+
+Reads from top to bottom: the run, the mesh, the data, the state, the loop, what is left behind.
+The same command continues a run that was stopped, at the last checkpoint and bit for bit.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from dsjax import batches, flops, metrics, sharding
+from dsjax.checkpoint import RUN_FILE, Checkpoints
+from dsjax.data import Dataset, Row, open_data
+from dsjax.guard import LossGuard
+from dsjax.overrides import help_text
+from dsjax.progress import StepProgress
+from dsjax.run import Run
+from dsjax.run_file import from_json, load, to_json
+from dsjax.train_step import init_state, make_eval_step, make_train_step, state_shardings
+
+USAGE = "usage: python train.py configs/NAME.py [key=value ...]"
+
+# What may differ between the command that began a run and the one that continues it.
+FREE_TO_CHANGE = (
+    "steps", "run_dir", "mesh", "remat", "log_every", "checkpoint", "evaluation", "guard", "sample",
+)  # fmt: skip
+
+
+class Stopped(Exception):
+    """Training cannot go on; the message says why and what to do."""
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def claim_run_dir(run: Run) -> Path:
+    """Makes the run folder with its `run.json`, or checks that the run in it is this one."""
+    run_dir = Path(run.run_dir)
+    run_file = run_dir / RUN_FILE
+    if run_file.is_file():
+        before = from_json(run_file.read_text())
+        names = [field.name for field in dataclasses.fields(Run)]
+        changed = [name for name in names if getattr(before, name) != getattr(run, name)]
+        fixed = [name for name in changed if name not in FREE_TO_CHANGE]
+        if fixed:
+            raise ValueError(
+                f"{run_dir} holds a run with another {', '.join(fixed)}; continue it with the "
+                "values it began with, or choose another run_dir=..."
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_file, to_json(run))
+    return run_dir
+
+
+class Evaluator:
+    """Held-out loss in nats per token and in bits per byte, always over the same rows."""
+
+    def __init__(self, run: Run, data: Dataset, mesh: jax.sharding.Mesh):
+        micro = run.batch.micro or run.batch.size
+        self._rows = data.held_out_rows(run.evaluation.batches * micro)
+        self._run, self._mesh, self._step = run, mesh, make_eval_step(run)
+        self._bytes = batches.target_bytes(self._rows, data.tokenizer.bytes_per_token)
+
+    def __call__(self, model) -> dict:
+        """The metrics, {} where nothing is held out."""
+        nats = targets = 0.0
+        for rows in batches.in_evaluation_batches(self._rows, self._run.batch):
+            batch = batches.evaluation_batch(rows, self._run.batch, self._mesh)
+            some_nats, some_targets = jax.device_get(self._step(model, batch))
+            nats, targets = nats + float(some_nats), targets + float(some_targets)
+        if not targets:
+            return {}
+        return {
+            "held_out_loss": nats / targets,
+            "held_out_bits_per_byte": nats / math.log(2) / self._bytes,
+        }
+
+
+def step_record(run: Run, step: int, values: dict, seconds: float, peak: float | None) -> dict:
+    """The metrics line of a finished step. MFU: flops_per_token * tokens / seconds / peak."""
+    loads = values.pop("loads")
+    record = {"step": step, **{name: float(value) for name, value in values.items()}}
+    record |= metrics.load_statistics(loads, run.model, record["tokens"])
+    rate = record["tokens"] / seconds
+    per_token = flops.training_flops_per_token(run.model, run.batch.length)
+    record |= {"step_seconds": seconds, "tokens_per_second": rate, "flops_per_token": per_token}
+    return record if peak is None else record | {"mfu": per_token * rate / peak}
+
+
+def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Dataset) -> None:
+    """Raises Stopped, after writing down which documents the batch came from."""
+    sources = batches.provenance(rows, data)
+    file = run_dir / f"stopped_at_step_{step}.json"
+    replace_text(file, json.dumps({"step": step, "reason": complaint, "batch": sources}, indent=1))
+    shown = "\n".join(
+        f"  row {s['row']}: {s['document']} tokens {s['tokens'][0]} to {s['tokens'][1]}"
+        for s in sources[:8]
+    )
+    raise Stopped(
+        f"step {step}: {complaint}.\nThe batch (all of it in {file}):\n{shown}\n"
+        "The last checkpoint is from before this step. Look at these documents; then continue with "
+        "a lower optim.learning_rate.peak or optim.clip_norm in a new run_dir, or, if a "
+        "spike is expected here, repeat the command with a higher guard.spike."
+    )
+
+
+def train(run: Run) -> None:
+    # ---------------------------------------------------------------- the run and its folder
+    run_dir = claim_run_dir(run)
+    asked_to_stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+
+    # ---------------------------------------------------------------- mesh and data
+    mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
+    jax.set_mesh(mesh)
+    data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
+    rows = data.train_rows(run.seed)
+    bigram_bits = data.bigram_bits_per_byte()
+    peak = flops.peak_flops(jax.devices())
+
+    # ---------------------------------------------------------------- state, new or restored
+    placement = state_shardings(run, mesh)
+    checkpoints = Checkpoints(run_dir, run.checkpoint)
+    step = checkpoints.latest_step or 0
+    if step:
+        abstract = jax.eval_shape(lambda: init_state(run))
+        state, progress = checkpoints.restore(step, abstract, placement)
+        rows.set_state(progress["data"])
+        log = metrics.MetricsLog(run_dir, position=progress["metrics_position"], step=step)
+    else:
+        state = jax.jit(lambda: init_state(run), out_shardings=placement)()
+        log = metrics.MetricsLog(run_dir)
+    losses = [record["loss"] for record in metrics.read(run_dir) if "loss" in record]
+    guard = LossGuard(run.guard, losses)
+    train_step, evaluate = make_train_step(run), Evaluator(run, data, mesh)
+
+    # ---------------------------------------------------------------- the loop
+    with StepProgress(first=step, steps=run.steps, every=run.log_every) as progress_bar:
+        weights = sum(x.size for x in jax.tree.leaves(state.model))
+        progress_bar.say(
+            f"{weights:,} parameters, {len(mesh.devices.flat)} {jax.devices()[0].platform} device(s), "
+            f"{run.precision}, {f'continuing after step {step}' if step else 'from step 0'}"
+        )
+
+        def finish(pending) -> None:
+            """Waits for a step, writes its metrics and checks its loss."""
+            number, values, its_rows, began = pending
+            values = jax.device_get(values)
+            record = step_record(run, number, values, time.monotonic() - began, peak)
+            complaint = guard.complaint(record["loss"], record["grad_norm"])
+            log.write(record)
+            if complaint:
+                stop(run_dir, number, complaint, its_rows, data)
+            progress_bar.update(number, record["loss"], record["tokens_per_second"])
+
+        def save() -> None:
+            if step and step != checkpoints.latest_step:
+                progress = {"data": rows.get_state(), "metrics_position": log.position}
+                checkpoints.save(step, state, progress)
+
+        while step < run.steps and not asked_to_stop:
+            used = batches.used_micros(run.batch, step, run.steps)
+            its_rows = batches.take(rows, run.batch, used)
+            batch = batches.training_batch(its_rows, run.batch, mesh)
+            began = time.monotonic()
+            state, values = train_step(state, batch, jnp.int32(used))
+            step += 1
+            finish((step, values, its_rows, began))
+            if step % run.evaluation.every == 0 or step == run.steps:
+                log.write({"step": step, **evaluate(state.model)})
+            if step % run.checkpoint.every == 0:
+                save()
+        save()
+        checkpoints.close()
+        log.close()
+
+    # ---------------------------------------------------------------- what is left behind
+    if asked_to_stop:
+        print(f"stopped by signal after step {step}; the same command continues from there")
+        return
+    report(run, run_dir, state.model, data, bigram_bits)
+
+
+def report(run: Run, run_dir: Path, model, data: Dataset, bigram_bits: float) -> None:
+    """Loss curve, the held-out score beside the bigram entropy, and a sample."""
+    from dsjax.plots import loss_curve
+
+    records = metrics.read(run_dir)
+    loss_curve(records, run_dir / "loss.png", bigram_bits=bigram_bits)
+    scores = [r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r]
+    if scores:
+        verdict = "below" if scores[-1] < bigram_bits else "NOT below"
+        print(
+            f"held-out text: {scores[-1]:.3f} bits per byte, {verdict} the bigram entropy of the "
+            f"training bytes, {bigram_bits:.3f}"
+        )
+    print(f"metrics, TensorBoard events, loss.png and checkpoints: {run_dir}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    paths = [argument for argument in arguments if "=" not in argument and argument[:1] != "-"]
+    assignments = [argument for argument in arguments if "=" in argument]
+    flags = [argument for argument in arguments if argument[:1] == "-" and "=" not in argument]
+    try:
+        if flags in (["--help"], ["-h"]):
+            example = load(paths[0] if paths else "configs/tiny.py", *assignments)
+            print(f"{USAGE}\n\nkeys, their types, and values here:\n\n{help_text(example)}")
+            return 0
+        if flags or len(paths) != 1:
+            raise ValueError(f"{USAGE}; got {shlex.join(arguments) or 'nothing'}")
+        train(load(paths[0], *assignments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as reason:
+        print(f"stopped: {reason}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
