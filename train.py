@@ -1,6 +1,6 @@
 """Trains a DeepSeek model: python train.py configs/tiny.py [key=value ...]
 
-Reads from top to bottom: the run, the mesh, the data, the state, the loop, what is left behind.
+`set_up` makes mesh, data and state; `train` is the loop; `report` is what is left behind.
 The same command continues a run that was stopped, at the last checkpoint and bit for bit.
 """
 
@@ -14,19 +14,29 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsjax import batches, flops, metrics, sharding
 from dsjax.checkpoint import RUN_FILE, Checkpoints
-from dsjax.data import Dataset, Row, open_data
+from dsjax.data import Dataset, Row, RowIterator, open_data
 from dsjax.guard import LossGuard
+from dsjax.model import Transformer
 from dsjax.overrides import help_text
+from dsjax.params import cast, count
 from dsjax.progress import StepProgress
 from dsjax.run import Run
 from dsjax.run_file import from_json, load, to_json
-from dsjax.train_step import init_state, make_eval_step, make_train_step, state_shardings
+from dsjax.train_step import (
+    COMPUTE_DTYPES,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
 
 USAGE = "usage: python train.py configs/NAME.py [key=value ...]"
 
@@ -75,7 +85,7 @@ class Evaluator:
         self._run, self._mesh, self._step = run, mesh, make_eval_step(run)
         self._bytes = batches.target_bytes(self._rows, data.tokenizer.bytes_per_token)
 
-    def __call__(self, model) -> dict:
+    def __call__(self, model: Transformer) -> dict:
         """The metrics, {} where nothing is held out."""
         nats = targets = 0.0
         for rows in batches.in_evaluation_batches(self._rows, self._run.batch):
@@ -118,61 +128,70 @@ def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Da
     )
 
 
-def train(run: Run) -> None:
-    # ---------------------------------------------------------------- the run and its folder
-    run_dir = claim_run_dir(run)
-    asked_to_stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+class Setup(NamedTuple):
+    """All that a run needs before its first step; making it finds whatever does not fit."""
 
-    # ---------------------------------------------------------------- mesh and data
+    run_dir: Path
+    mesh: jax.sharding.Mesh
+    data: Dataset
+    rows: RowIterator
+    checkpoints: Checkpoints
+    state: TrainState
+    log: metrics.MetricsLog
+
+
+def set_up(run: Run) -> Setup:
+    """The mesh (set from here on), the data, and the state, new or as it was last saved."""
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     jax.set_mesh(mesh)
+    placement = state_shardings(run, mesh)
     data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
     rows = data.train_rows(run.seed)
-    bigram_bits = data.bigram_bits_per_byte()
-    peak = flops.peak_flops(jax.devices())
-
-    # ---------------------------------------------------------------- state, new or restored
-    placement = state_shardings(run, mesh)
+    run_dir = claim_run_dir(run)
     checkpoints = Checkpoints(run_dir, run.checkpoint)
-    step = checkpoints.latest_step or 0
-    if step:
+    step = checkpoints.latest_step
+    if step is None:
+        state = jax.jit(lambda: init_state(run), out_shardings=placement)()
+        log = metrics.MetricsLog(run_dir)
+    else:
         abstract = jax.eval_shape(lambda: init_state(run))
         state, progress = checkpoints.restore(step, abstract, placement)
         rows.set_state(progress["data"])
         log = metrics.MetricsLog(run_dir, position=progress["metrics_position"], step=step)
-    else:
-        state = jax.jit(lambda: init_state(run), out_shardings=placement)()
-        log = metrics.MetricsLog(run_dir)
-    losses = [record["loss"] for record in metrics.read(run_dir) if "loss" in record]
-    guard = LossGuard(run.guard, losses)
+    return Setup(run_dir, mesh, data, rows, checkpoints, state, log)
+
+
+def train(run: Run, setup: Setup) -> None:
+    run_dir, mesh, data, rows, checkpoints, state, log = setup
+    asked_to_stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+
     train_step, evaluate = make_train_step(run), Evaluator(run, data, mesh)
+    guard = LossGuard(run.guard, [r["loss"] for r in metrics.read(run_dir) if "loss" in r])
+    peak = flops.peak_flops(jax.devices())
+    step = int(state.step)
 
-    # ---------------------------------------------------------------- the loop
-    with StepProgress(first=step, steps=run.steps, every=run.log_every) as progress_bar:
-        weights = sum(x.size for x in jax.tree.leaves(state.model))
-        progress_bar.say(
-            f"{weights:,} parameters, {len(mesh.devices.flat)} {jax.devices()[0].platform} device(s), "
-            f"{run.precision}, {f'continuing after step {step}' if step else 'from step 0'}"
+    def finish(values: dict, its_rows: Sequence[Row], seconds: float) -> None:
+        """Writes the metrics of the step just done and checks its loss."""
+        record = step_record(run, step, values, seconds, peak)
+        log.write(record)
+        complaint = guard.complaint(record["loss"], record["grad_norm"])
+        if complaint:
+            stop(run_dir, step, complaint, its_rows, data)
+        bar.update(step, record["loss"], record["tokens_per_second"])
+
+    def save() -> None:
+        if step and step != checkpoints.latest_step:
+            progress = {"data": rows.get_state(), "metrics_position": log.position}
+            checkpoints.save(step, state, progress)
+
+    with StepProgress(first=step, steps=run.steps, every=run.log_every) as bar:
+        bar.say(
+            f"{count(state.model):,} parameters, {mesh.devices.size} "
+            f"{jax.devices()[0].platform} device(s), {run.precision}, "
+            + (f"continuing after step {step}" if step else "from the beginning")
         )
-
-        def finish(pending) -> None:
-            """Waits for a step, writes its metrics and checks its loss."""
-            number, values, its_rows, began = pending
-            values = jax.device_get(values)
-            record = step_record(run, number, values, time.monotonic() - began, peak)
-            complaint = guard.complaint(record["loss"], record["grad_norm"])
-            log.write(record)
-            if complaint:
-                stop(run_dir, number, complaint, its_rows, data)
-            progress_bar.update(number, record["loss"], record["tokens_per_second"])
-
-        def save() -> None:
-            if step and step != checkpoints.latest_step:
-                progress = {"data": rows.get_state(), "metrics_position": log.position}
-                checkpoints.save(step, state, progress)
-
         while step < run.steps and not asked_to_stop:
             used = batches.used_micros(run.batch, step, run.steps)
             its_rows = batches.take(rows, run.batch, used)
@@ -180,7 +199,7 @@ def train(run: Run) -> None:
             began = time.monotonic()
             state, values = train_step(state, batch, jnp.int32(used))
             step += 1
-            finish((step, values, its_rows, began))
+            finish(jax.device_get(values), its_rows, time.monotonic() - began)
             if step % run.evaluation.every == 0 or step == run.steps:
                 log.write({"step": step, **evaluate(state.model)})
             if step % run.checkpoint.every == 0:
@@ -189,18 +208,17 @@ def train(run: Run) -> None:
         checkpoints.close()
         log.close()
 
-    # ---------------------------------------------------------------- what is left behind
     if asked_to_stop:
         print(f"stopped by signal after step {step}; the same command continues from there")
-        return
-    report(run, run_dir, state.model, data, bigram_bits)
+    else:
+        report(run, run_dir, state.model, data)
 
 
-def report(run: Run, run_dir: Path, model, data: Dataset, bigram_bits: float) -> None:
-    """Loss curve, the held-out score beside the bigram entropy, and a sample."""
+def report(run: Run, run_dir: Path, model: Transformer, data: Dataset) -> None:
+    """Loss curve, the held-out score beside the bigram entropy, a sample, the command for more."""
     from dsjax.plots import loss_curve
 
-    records = metrics.read(run_dir)
+    records, bigram_bits = metrics.read(run_dir), data.bigram_bits_per_byte()
     loss_curve(records, run_dir / "loss.png", bigram_bits=bigram_bits)
     scores = [r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r]
     if scores:
@@ -210,6 +228,36 @@ def report(run: Run, run_dir: Path, model, data: Dataset, bigram_bits: float) ->
             f"training bytes, {bigram_bits:.3f}"
         )
     print(f"metrics, TensorBoard events, loss.png and checkpoints: {run_dir}")
+    options = {
+        "prompt": run.sample.prompt,
+        "max-new-tokens": run.sample.max_new_tokens,
+        "temperature": run.sample.temperature,
+        "top-p": run.sample.top_p,
+        "seed": run.seed,
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "dsjax", "generate", str(run_dir), *flags]
+    if sharding.axis_size("context") == 1:
+        print(f"\n{run.sample.prompt}{sampled(run, model, data)}\n")
+    print(f"more of it: {shlex.join(command)}")
+
+
+def sampled(run: Run, model: Transformer, data: Dataset) -> str:
+    """The model's continuation of `run.sample.prompt`."""
+    from dsjax.generate import generate
+
+    tokenizer = data.tokenizer
+    tokens = generate(
+        cast(model, COMPUTE_DTYPES[run.precision]),
+        tokenizer.encode_prompt(run.sample.prompt),
+        max_new_tokens=run.sample.max_new_tokens,
+        temperature=run.sample.temperature,
+        top_p=run.sample.top_p,
+        seed=run.seed,
+        eos_ids={tokenizer.eos_id} - {None},
+        num_tokens=tokenizer.num_tokens,
+    )
+    return tokenizer.decode(list(tokens))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -223,10 +271,13 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if flags or len(paths) != 1:
             raise ValueError(f"{USAGE}; got {shlex.join(arguments) or 'nothing'}")
-        train(load(paths[0], *assignments))
+        run = load(paths[0], *assignments)
+        setup = set_up(run)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    try:
+        train(run, setup)
     except Stopped as reason:
         print(f"stopped: {reason}", file=sys.stderr)
         return 3

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,7 +64,7 @@ def cross_entropy(
 
     Logits exist for one block of tokens at a time, forward and backward, in at least FP32.
     """
-    wide = jnp.promote_types(hidden_BTD.dtype, jnp.float32)
+    wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
     blocks = _num_blocks(hidden_BTD.shape[1])
     # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
     head_DV = sharding.reshard(head_DV, None, "vocab").astype(wide)

@@ -50,6 +50,11 @@ class Block(nnx.Module):
         return x_BTD + y_BTD, cache, stats
 
 
+def _laid_out(places: Places) -> Places:
+    """Callers may pass positions that lie anyhow; the layers want them beside the tokens."""
+    return jax.tree.map(lambda x_BT: sharding.reshard(x_BT, "batch", "length"), places)
+
+
 def _counted(places: Places) -> Bool[Array, "B T"]:
     """Tokens that are not padding."""
     if places.segments_BT is None:
@@ -162,7 +167,8 @@ class Transformer(nnx.Module):
 
         `remat` says what backward recomputes: "full" each layer, "none" nothing.
         """
-        x_BTD = self.embedded(tokens_BT)
+        places = _laid_out(places)
+        x_BTD = self.embedded(sharding.reshard(tokens_BT, "batch", "length"))
         caches = (None,) * len(self.layers) if caches is None else caches
 
         @REMAT[remat]
@@ -187,6 +193,7 @@ class Transformer(nnx.Module):
         remat: str = "none",
     ) -> tuple[list[Float[Array, "B T D"]], list[MoeStats | None]]:
         """Normed states of each MTP depth k, given tokens t_{i+k} at every position i."""
+        places = _laid_out(places)
 
         @REMAT[remat]
         def run(module, tokens_BT, hidden_BTD):

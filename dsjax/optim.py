@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from dsjax import sharding
 from dsjax.params import RouterBias
@@ -25,7 +24,9 @@ def piecewise(value: Piecewise, steps: int) -> Schedule:
 
 def learning_rate(config: LearningRate | StepDecay, steps: int) -> Schedule:
     """The rate of each step of a run of `steps`."""
-    return SCHEDULES[type(config)](config, steps)
+    schedule = SCHEDULES[type(config)](config, steps)
+    # optax divides the step by a float; what counts as an int32 there is a promotion.
+    return lambda step: schedule(step.astype(jnp.float32))
 
 
 def _cosine_and_tails(config: LearningRate, steps: int) -> Schedule:
@@ -91,8 +92,8 @@ def moved_bias(
 
 
 def move_router_biases(
-    biases: nnx.State, loads: Sequence[Float[Array, "*L E"]], rate: Float[Array, ""]
-) -> nnx.State:
+    biases: PyTree, loads: Sequence[Float[Array, "..."]], rate: Float[Array, ""]
+) -> PyTree:
     """All router biases moved; `loads` in the model's order: layer groups, then MTP modules."""
     variables, structure = jax.tree.flatten(biases, is_leaf=lambda v: isinstance(v, RouterBias))
     moved = [

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsjax import sharding
@@ -31,7 +32,7 @@ def normal(
 
 def upcast(x: jax.Array) -> jax.Array:
     """At least FP32: what norms, softmax, scores and losses compute in (FP64 stays FP64)."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, jnp.float32))
 
 
 def cast(module, dtype: jnp.dtype):

@@ -7,10 +7,13 @@ import dataclasses
 
 from dsjax.config import Model
 
+PRECISIONS = ("fp32", "bf16")
+REMATS = ("full", "none")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piecewise:
-    """A value that jumps: `steps=((0.0, 0.3), (0.68, 0.1))` is 0.3, then 0.1 from 68% of the run."""
+    """A value that jumps: `((0.0, 0.3), (0.68, 0.1))` is 0.3, and 0.1 from 68% of the run on."""
 
     steps: tuple[tuple[float, float], ...]
 
@@ -105,7 +108,7 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandardLibrary:
-    """Python's own source files, bytes as tokens; always present. `held_out`: share kept for eval."""
+    """Python's own source files, bytes as tokens; always there. `held_out`: share for evaluation."""
 
     held_out: float = 0.05
 
@@ -185,3 +188,14 @@ class Run:
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
     sample: Sample = Sample()
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}"
+            )
+        if self.remat not in REMATS:
+            raise ValueError(f"remat is {self.remat!r}; choose {' or '.join(REMATS)}")
+        for name in ("steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -15,7 +15,7 @@ from dsjax.model import Transformer
 from dsjax.params import RouterBias, cast
 from dsjax.run import Run
 
-COMPUTE_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+COMPUTE_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
 class TrainState(NamedTuple):
@@ -89,14 +89,14 @@ def _accumulated(function: Callable[[Batch], tuple], batch: Batch, used: Int[Arr
     if batch.tokens_BT.shape[0] == 1:
         return function(jax.tree.map(lambda x: x[0], batch))
 
-    def add(index, total):
-        micro = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch
-        )
-        return jax.tree.map(jnp.add, total, function(micro))
+    def micro(index):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
 
-    first = function(jax.tree.map(lambda x: x[0], batch))
-    return jax.lax.fori_loop(1, used, add, first)
+    def add(index, total):
+        return jax.tree.map(jnp.add, total, function(micro(index)))
+
+    shapes = jax.eval_shape(lambda: function(micro(0)))
+    return jax.lax.fori_loop(0, used, add, jax.tree.map(jnp.zeros_like, shapes))
 
 
 def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], tuple]:
@@ -149,7 +149,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], t
             "loss": per_target[0],
             "objective": value,
             "balance_loss": sums.balance / totals.rows,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state.step),
             "tokens": totals.tokens,
             "loads": sums.loads,

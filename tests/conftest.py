@@ -10,7 +10,11 @@ import jax
 import optax.tree
 import pytest
 
-GOLDENS = Path(__file__).parent / "golden"
+import golden
+
+# The suite compiles hundreds of tiny programs: unoptimised machine code halves its time. Processes
+# that tests start inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 # Before any array exists. The suite is about values on 8 CPU devices also where there is a GPU;
 # JAX_PLATFORMS, which jax reads itself, says otherwise.
@@ -42,16 +46,20 @@ optax.tree.bias_correction = _relaxed(optax.tree.bias_correction)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--goldens", type=Path, default=GOLDENS, help="folder of goldens (default: tests/golden)"
+        "--goldens",
+        type=Path,
+        default=golden.COMMITTED,
+        help="folder of goldens (default: tests/golden)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     folder = config.getoption("goldens").resolve()
     if not folder.is_dir():
-        raise pytest.UsageError(f"--goldens={folder} is no folder; the stored ones are {GOLDENS}")
-    # The reader in tests/oracles/golden.py also serves plain scripts, so it asks the environment.
-    os.environ["GOLDEN_DIR"] = str(folder)
+        raise pytest.UsageError(
+            f"--goldens={folder} is no folder; the stored ones are {golden.COMMITTED}"
+        )
+    golden.use(folder)
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,7 @@ def open_data(spec: StandardLibrary | Files, *, length: int, vocab_size: int) ->
             fingerprint = f"StandardLibrary:{documents.fingerprint()}"
         case Files():
             tokenizer = load_tokenizer(spec.tokenizer)
+            tokenizer.encode_document("")  # Refuses here, not at step 0, what has no end token.
             documents = folder_documents(spec.path, spec.text_field)
             fingerprint = f"Files:{spec.text_field}:{documents.fingerprint()}"
     if tokenizer.num_tokens > vocab_size:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,15 +12,6 @@ import safetensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-
-
-class Tensor(Protocol):
-    """What loading needs of a tensor; a NumPy array has it too."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 class Stored:
@@ -33,6 +24,10 @@ class Stored:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self._lazy[index]
+
+
+# What loading takes: stored tensors, or arrays already in memory.
+Tensor = Stored | np.ndarray
 
 
 def read_json(path: Path) -> dict[str, Any]:

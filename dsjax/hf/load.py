@@ -77,7 +77,7 @@ def load_weights(
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         name = names.dotted(path)
         kept = isinstance(variable, FullPrecision | RouterBias)
-        kind = jnp.promote_types(dtype, jnp.float32) if kept else dtype
+        kind = np.promote_types(dtype, jnp.float32) if kept else dtype
         read = functools.partial(_read, tensors, sources[name], variable.shape, kind)
         if placed is None:
             return variable.replace(jnp.asarray(read((slice(None),) * variable.ndim)))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -51,7 +52,7 @@ def attend(
 
 
 def _attend(queries, keys, values, visibility: Visibility, scale: float):
-    wide = jnp.promote_types(queries[0].dtype, jnp.float32)
+    wide = np.promote_types(queries[0].dtype, jnp.float32)
     scores_BNTS = sum(
         jnp.einsum(
             "BTNX,BSNX->BNTS" if key.ndim == 4 else "BTNX,BSX->BNTS",

@@ -9,7 +9,7 @@ def times_chosen(
     choice_BTK: Int[Array, "B T K"], counted_BT: Bool[Array, "B T"], num_experts: int
 ) -> Float[Array, "B E"]:
     """How many counted tokens of each row went to each expert."""
-    hits_BTKE = choice_BTK[..., None] == jnp.arange(num_experts)[None, None, None]
+    hits_BTKE = choice_BTK[..., None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, None]
     return (hits_BTKE & counted_BT[:, :, None, None]).sum((1, 2), dtype=jnp.float32)
 
 

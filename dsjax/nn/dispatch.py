@@ -56,7 +56,9 @@ def dispatch(
     local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
     order = jnp.argsort(local, stable=True)
     inverse = jnp.argsort(order)
-    sizes_E = (local[:, None] == jnp.arange(num_experts)[None]).sum(0, dtype=jnp.int32)
+    sizes_E = (local[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None]).sum(
+        0, dtype=jnp.int32
+    )
     rows = _copies(x_MD, order, inverse, num_chosen)
     out_MKD = _permuted(experts(rows, sizes_E), inverse, order).reshape(*choice_MK.shape, -1)
     return jnp.einsum("MKD,MK->MD", out_MKD, weight_MK.astype(x_MD.dtype))

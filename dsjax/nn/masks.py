@@ -36,7 +36,7 @@ class Visibility(NamedTuple):
 
 def within_rows(places: Places) -> Visibility:
     """Every token of the rows is query and key; order is the place in the row."""
-    index_1T = jnp.arange(places.positions_BT.shape[1])[None]
+    index_1T = jnp.arange(places.positions_BT.shape[1], dtype=jnp.int32)[None]
     segments = places.segments_BT
     key_segments = None if segments is None else sharding.reshard(segments, "batch", None)
     return Visibility(index_1T, index_1T, segments, key_segments)
@@ -44,4 +44,4 @@ def within_rows(places: Places) -> Visibility:
 
 def over_cache(places: Places, num_slots: int) -> Visibility:
     """Queries look back over a cache whose slot s holds the token of position s."""
-    return Visibility(places.positions_BT, jnp.arange(num_slots)[None])
+    return Visibility(places.positions_BT, jnp.arange(num_slots, dtype=jnp.int32)[None])

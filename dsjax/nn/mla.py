@@ -167,12 +167,15 @@ def _write(
     """Puts T consecutive tokens of each row into the cache, from slot `start_B` on."""
 
     def put(old_BSX, new_BTX, start_B):
-        return jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (start, 0)))(
-            old_BSX, new_BTX.astype(old_BSX.dtype), start_B
-        )
+        return jax.vmap(
+            lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+        )(old_BSX, new_BTX.astype(old_BSX.dtype), start_B)
 
     rows, starts = sharding.spec("batch", None, None), sharding.spec("batch")
     put = sharding.local(put, (rows, rows, starts), rows)
+    latent_BTC = sharding.reshard(latent_BTC, "batch", None, None)
+    rope_BTR = sharding.reshard(rope_BTR, "batch", None, None)
+    start_B = sharding.reshard(start_B, "batch")
     return LatentCache(
         put(cache.latent_BSC, latent_BTC, start_B), put(cache.rope_BSR, rope_BTR, start_B)
     )

@@ -41,7 +41,7 @@ def _keep_best_groups(
     grouped_MGe = rearrange(score_ME, "m (g e) -> m g e", g=num_groups)
     group_score_MG = jax.lax.top_k(grouped_MGe, group_best)[0].sum(-1)
     best_Mk = jax.lax.top_k(group_score_MG, kept)[1]
-    kept_MG = (best_Mk[:, :, None] == jnp.arange(num_groups)[None, None]).any(1)
+    kept_MG = (best_Mk[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32)[None, None]).any(1)
     return rearrange(jnp.where(kept_MG[:, :, None], grouped_MGe, -jnp.inf), "m g e -> m (g e)")
 
 

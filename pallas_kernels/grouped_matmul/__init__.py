@@ -3,11 +3,11 @@
 import jax
 from jax import Array
 
+from pallas_kernels.grouped_matmul.blocks import blocks
 from pallas_kernels.grouped_matmul.ragged import ragged
 from pallas_kernels.grouped_matmul.reference import reference
-from pallas_kernels.grouped_matmul.tiles import tiles
 
-IMPLEMENTATIONS = {"tiles": tiles, "ragged_dot": ragged, "reference": reference}
+IMPLEMENTATIONS = {"blocks": blocks, "ragged_dot": ragged, "reference": reference}
 
 
 def grouped_matmul(
@@ -18,7 +18,7 @@ def grouped_matmul(
     `x_MK` [M, K] and `w_GKN` [G, K, N] of one floating dtype, `sizes_G` [G] int32 with sum at most
     M; sums in at least FP32, result in the dtype of `x_MK`. Differentiable in `x_MK` and `w_GKN`,
     forward and backward without forming anything of G times the rows. `implementation=None` takes
-    "ragged_dot" on TPU and "tiles" elsewhere: on CPU and GPU `lax.ragged_dot` costs G times the
+    "ragged_dot" on TPU and "blocks" elsewhere: on CPU and GPU `lax.ragged_dot` costs G times the
     useful work. Raises ValueError for an unknown implementation or shapes that do not fit.
     """
     (_, inner), (groups, rows, _) = x_MK.shape, w_GKN.shape
@@ -28,7 +28,7 @@ def grouped_matmul(
             f"{w_GKN.shape}, {sizes_G.shape}"
         )
     if implementation is None:
-        return jax.lax.platform_dependent(x_MK, w_GKN, sizes_G, tpu=ragged, default=tiles)
+        return jax.lax.platform_dependent(x_MK, w_GKN, sizes_G, tpu=ragged, default=blocks)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[implementation](x_MK, w_GKN, sizes_G)

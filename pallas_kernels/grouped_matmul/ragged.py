@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
 def ragged(x_MK: Array, w_GKN: Array, sizes_G: Array) -> Array:
     """See `grouped_matmul`."""
-    wide = jnp.promote_types(x_MK.dtype, jnp.float32)
+    wide = np.promote_types(x_MK.dtype, jnp.float32)
     y_MN = jax.lax.ragged_dot(x_MK, w_GKN, sizes_G, preferred_element_type=wide)
     return y_MN.astype(x_MK.dtype)

@@ -1,22 +1,27 @@
 """Reads the goldens: what transformers computed for each tiny config, in float64.
 
-`GOLDEN_DIR` names another directory than the committed one; a fresh set drawn from a new seed is
-checked by the same tests that way.
+`pytest --goldens=DIR` reads another directory than the committed one; a fresh set drawn from a new
+seed is checked by the same tests that way.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import numpy as np
 
 COMMITTED = pathlib.Path(__file__).parent.parent / "golden"
+_chosen = [COMMITTED]
+
+
+def use(folder: pathlib.Path) -> None:
+    """Reads `folder` from now on; `tests/conftest.py` calls this once, before any test."""
+    _chosen[:] = [folder]
 
 
 def directory() -> pathlib.Path:
-    """Where the goldens lie: `GOLDEN_DIR` from the environment, else the committed ones."""
-    return pathlib.Path(os.environ.get("GOLDEN_DIR", COMMITTED))
+    """Where the goldens lie: the folder given to `use`, else the committed one."""
+    return _chosen[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,69 @@
+"""Our side of `train_step.py`: the real train step of a run file's kind of run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from turns import take_turns
+
+from dsjax import sharding
+from dsjax.config import Block, Dense, LayerGroup, Mla, Model, Moe, SigmoidRouter
+from dsjax.losses import Batch
+from dsjax.run import BatchShape, LearningRate, Optim, Run, StandardLibrary
+from dsjax.train_step import init_state, make_train_step, state_shardings
+
+attention = Mla(
+    num_heads=8,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+)
+experts = Moe(
+    num_experts=16,
+    num_chosen=4,
+    num_shared=1,
+    intermediate_size=128,
+    router=SigmoidRouter(num_groups=4, kept_groups=2, scale=2.5),
+)
+dense = Block(attention=attention, ffn=Dense(intermediate_size=512))
+run = Run(
+    model=Model(
+        vocab_size=512,
+        hidden_size=256,
+        layers=(
+            LayerGroup(repeat=1, pattern=(dense,)),
+            LayerGroup(repeat=3, pattern=(Block(attention=attention, ffn=experts),)),
+        ),
+        initializer_std=0.02,
+    ),
+    data=StandardLibrary(),
+    batch=BatchShape(size=4, length=128),
+    optim=Optim(learning_rate=LearningRate(peak=1e-3, warmup_steps=10)),
+    steps=1000,
+    run_dir="unused",
+    precision="fp32",
+    remat="none",
+)
+
+
+def main() -> None:
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    jax.set_mesh(mesh)
+    tokens = np.random.default_rng(0).integers(0, 512, (1, 4, 128), np.int32)
+    positions = np.broadcast_to(np.arange(128, dtype=np.int32), tokens.shape)
+    batch = Batch(*(jnp.asarray(x) for x in (tokens, np.ones_like(tokens), positions)))
+    states = [jax.jit(lambda: init_state(run), out_shardings=state_shardings(run, mesh))()]
+    train_step = make_train_step(run)
+
+    def step() -> None:
+        state, metrics = train_step(states.pop(), batch, jnp.int32(1))
+        states.append(jax.block_until_ready(state))
+        if not np.isfinite(float(metrics["loss"])):
+            raise RuntimeError("the loss is not finite")
+
+    take_turns(step, versions={})
+
+
+if __name__ == "__main__":
+    main()

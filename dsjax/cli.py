@@ -1,0 +1,105 @@
+"""The command `dsjax`: `dsjax generate PATH --prompt TEXT` continues a text.
+
+PATH is a training run (it has a run.json) or a Hugging Face directory (config.json, safetensors,
+tokenizer.json). What the user can mend is told in one line, with exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from dsjax import hf, sharding
+from dsjax.data import Bytes, HuggingFace, load_tokenizer
+from dsjax.hf.files import read_json
+from dsjax.model import Transformer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 0, or 2 for something the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        _generate(options)
+    except ValueError as error:
+        print(f"dsjax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dsjax", description="DeepSeek models in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser(
+        "generate", help="continue a text", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    generate.add_argument("path", type=Path, help="training run or Hugging Face directory")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many")
+    generate.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")
+    generate.add_argument("--top-p", type=float, default=0.95, help="share of candidates to keep")
+    generate.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from dsjax.generate import generate
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        is_run = (options.path / "run.json").is_file()
+        model, tokenizer, eos_ids = (_from_run if is_run else _from_hub)(options.path, mesh)
+        num_tokens = min(tokenizer.num_tokens, model.config.vocab_size)
+        prompt = tokenizer.encode_prompt(options.prompt)
+        tokens = generate(
+            model,
+            prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            eos_ids=eos_ids,
+            num_tokens=num_tokens,
+        )
+        stream = tokenizer.stream()
+        print(options.prompt, end="", flush=True)
+        for token in tokens:
+            print(stream.add(token), end="", flush=True)
+        print(stream.end(), flush=True)
+
+
+Loaded = tuple[Transformer, Bytes | HuggingFace, set[int]]
+
+
+def _from_run(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
+    """A training run, in the precision it computes in."""
+    from dsjax.checkpoint import restore_model
+    from dsjax.params import cast
+    from dsjax.run import StandardLibrary
+    from dsjax.train_step import COMPUTE_DTYPES
+
+    model, run = restore_model(path, mesh)
+    is_bytes = isinstance(run.data, StandardLibrary)
+    tokenizer = Bytes() if is_bytes else load_tokenizer(run.data.tokenizer)
+    eos_ids = {tokenizer.eos_id} - {None}
+    return cast(model, COMPUTE_DTYPES[run.precision]), tokenizer, eos_ids
+
+
+def _from_hub(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
+    """A Hugging Face directory; generation_config.json knows best where a text ends."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory; give a training run or a Hugging Face directory")
+    tokenizer = load_tokenizer(path)
+    model = hf.from_pretrained(path, mesh=mesh)
+    stated = None
+    for name in ("generation_config.json", "config.json"):
+        if stated is None and (path / name).is_file():
+            stated = read_json(path / name).get("eos_token_id")
+    stated = tokenizer.eos_id if stated is None else stated
+    eos_ids = set(stated) if isinstance(stated, list) else {stated}
+    return model, tokenizer, eos_ids - {None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

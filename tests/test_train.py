@@ -1,0 +1,251 @@
+"""`train.py` as a person runs it: real processes, killed, stopped, resumed, fed wrong things."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MICRO = "tests/micro_run.py"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """A compilation cache that the processes of this file share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "train.py", MICRO, f"run_dir={run_dir}", *overrides]
+
+
+def environment(compiled: Path, devices: int = 1) -> dict[str, str]:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def train(run_dir: Path, compiled: Path, *overrides: str, devices: int = 1):
+    return subprocess.run(
+        command(run_dir, *overrides),
+        cwd=ROOT,
+        env=environment(compiled, devices),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def lines(run_dir: Path) -> list[dict]:
+    file = run_dir / "metrics.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    # The last line of a process that is still writing may be half there.
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in lines(run_dir) if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, compiled) -> Path:
+    """A run that nothing interrupts."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    done = train(run_dir, compiled)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def interrupted_at(run_dir: Path, compiled: Path, step: int, number: signal.Signals, *overrides):
+    """Starts the run, sends the signal once `step` is in the metrics, and waits for the end."""
+    process = subprocess.Popen(
+        command(run_dir, *overrides), cwd=ROOT, env=environment(compiled), stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 240
+    while max(losses(run_dir), default=0) < step:
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output.decode()
+
+
+def test_run_folder_holds_everything(undisturbed):
+    made = {path.name for path in undisturbed.iterdir()}
+    assert {"run.json", "metrics.jsonl", "tensorboard", "loss.png", "checkpoints"} <= made
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((undisturbed / "tensorboard").glob("events*"))
+    records = [record for record in lines(undisturbed) if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 25))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert {record["dropped_tokens"] for record in records} == {0.0}
+    assert len(records[0]["load_entropy"]) == 3, "two MoE layers and the MTP module"
+    assert [r["step"] for r in lines(undisturbed) if "held_out_loss" in r] == [12, 24]
+
+
+def test_batch_size_ramp_shows_in_the_tokens(undisturbed):
+    tokens = [record["tokens"] for record in lines(undisturbed) if "loss" in record]
+    # Four rows of 32 tokens until step 12 reaches the second micro-batch of four.
+    assert tokens == [128.0] * 12 + [256.0] * 12
+
+
+def test_killed_run_continues_bit_for_bit(undisturbed, compiled, tmp_path):
+    for step in (3, 8, 17):
+        code, _ = interrupted_at(tmp_path, compiled, step, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+    done = train(tmp_path, compiled)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step" in done.stdout
+    assert losses(tmp_path) == losses(undisturbed)
+    for name in ("held_out_loss", "mtp1_loss", "grad_norm"):
+        mine, other = ([r.get(name) for r in lines(d)] for d in (tmp_path, undisturbed))
+        assert mine == other, name
+
+
+def test_sigterm_saves_this_very_step_and_exits_cleanly(undisturbed, compiled, tmp_path):
+    code, output = interrupted_at(tmp_path, compiled, 7, signal.SIGTERM)
+    assert code == 0
+    last = max(losses(tmp_path))
+    assert f"stopped by signal after step {last}" in output
+    assert (tmp_path / "checkpoints" / str(last)).is_dir()
+    assert train(tmp_path, compiled).returncode == 0
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_checkpoint_continues_on_another_mesh(undisturbed, compiled, tmp_path):
+    interrupted_at(tmp_path, compiled, 7, signal.SIGTERM)
+    done = train(tmp_path, compiled, "mesh.fsdp=2", "mesh.expert=2", devices=4)
+    assert done.returncode == 0, done.stderr
+    mine, other = losses(tmp_path), losses(undisturbed)
+    assert mine.keys() == other.keys()
+    # FP32 sums in another order, over 17 steps of training.
+    np.testing.assert_allclose(list(mine.values()), list(other.values()), rtol=1e-4)
+
+
+def test_keeps_only_the_newest_checkpoints(undisturbed):
+    kept = sorted(int(path.name) for path in (undisturbed / "checkpoints").iterdir())
+    assert kept == [15, 20, 24]
+
+
+def test_printed_command_prints_the_same_sample(undisturbed, compiled):
+    again = train(undisturbed, compiled)
+    assert again.returncode == 0, again.stderr
+    sample, _, shown = again.stdout.rpartition("more of it: ")
+    more = subprocess.run(
+        ["sh", "-c", shown],
+        cwd=ROOT,
+        env=environment(compiled),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert more.stdout.startswith("def ")
+    assert more.stdout.strip("\n") in sample
+
+
+def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
+    done = train(tmp_path, compiled, "optim.learning_rate.peak=1e30", "optim.eps=1e-30")
+    assert done.returncode == 3
+    assert "not finite" in done.stderr or "guard.spike" in done.stderr
+    (report,) = tmp_path.glob("stopped_at_step_*.json")
+    blamed = json.loads(report.read_text())
+    assert blamed["batch"][0]["document"] in done.stderr
+    path = blamed["batch"][0]["document"].rpartition(":")[0]
+    assert path.endswith(".py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tests/micro_run.py", "optim.lerning_rate=1"], "learning_rate"),
+        (["tests/micro_run.py", "steps=many"], "int"),
+        (["tests/micro_run.py", "precision=fp16"], "bf16"),
+        (["tests/micro_run.py", "mesh.tensor=3"], "mesh.tensor=3"),
+        (["configs/nothing.py"], "configs/tiny.py"),
+        ([], "usage"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(arguments, told, compiled, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", *arguments, *([f"run_dir={tmp_path}"] if arguments else [])],
+        cwd=ROOT,
+        env=environment(compiled),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+FILES_RUN = """
+import dataclasses
+import runpy
+
+from dsjax.run import Files
+
+data = Files(path={folder!r}, tokenizer={tokenizer!r}, text_field="body", held_out=0.2)
+run = dataclasses.replace(runpy.run_path("tests/micro_run.py")["run"], data=data, steps=4)
+"""
+
+
+def test_trains_on_a_folder_of_documents_with_a_real_tokenizer(compiled, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    texts = [f"document {n} says that {n} and {n + 1} make {2 * n + 1}. " * 9 for n in range(60)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=264, initial_alphabet=alphabet, special_tokens=["<eos>"]),
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts[:30]))
+    (folder / "b.txt").write_text(texts[40])
+    run_file = tmp_path / "files_run.py"
+    run_file.write_text(
+        FILES_RUN.format(folder=str(folder), tokenizer=str(tmp_path / "tokenizer.json"))
+    )
+    done = subprocess.run(
+        [sys.executable, "train.py", str(run_file), f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=environment(compiled),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+    assert "bits per byte" in done.stdout
+
+
+def test_other_values_in_the_same_folder_are_refused(undisturbed, compiled):
+    done = train(undisturbed, compiled, "seed=5")
+    assert done.returncode == 2
+    assert "seed" in done.stderr
+
+
+def test_help_lists_every_key():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for key in ("steps", "run_dir", "precision", "checkpoint.every", "mesh.context"):
+        assert key in done.stdout
