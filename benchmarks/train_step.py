@@ -87,7 +87,7 @@ def main() -> None:
     print(f"{platform.machine()}, {THREADS} threads, Python {platform.python_version()}")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     print(f"command: {' '.join(sys.argv)}\n")
-    print("| contender | tokens/s (median) | fastest | slowest | first step s | peak RSS MB | ratio |")
+    print("| contender | tokens/s, median | fastest | slowest | first step s | peak MB | ratio |")
     print("|---|---|---|---|---|---|---|")
     ours = statistics.median(contenders[0].seconds)
     for contender in contenders:

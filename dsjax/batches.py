@@ -35,7 +35,7 @@ def _arrays(rows: Sequence[Row]) -> list[np.ndarray]:
 
 
 def training_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.Mesh) -> Batch:
-    """Rows as micro-batches [n, b, T] on the mesh; micro-batches a ramp leaves empty are padding."""
+    """Rows as micro-batches [n, b, T] on the mesh; those a ramp leaves empty are padding."""
     micro = _micro_size(config)
 
     def in_micros(x_RT: np.ndarray) -> np.ndarray:

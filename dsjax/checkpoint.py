@@ -52,7 +52,7 @@ def _unnamed(tree: Any, named: dict[str, Any]) -> Any:
 class Checkpoints:
     """The checkpoints of `run_dir`. `save` returns once the arrays are copied to host memory."""
 
-    def __init__(self, run_dir: str | Path, config: Checkpoint = Checkpoint()):
+    def __init__(self, run_dir: str | Path, config: Checkpoint):
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=False)
         directory = Path(run_dir).resolve() / "checkpoints"
         directory.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 A variant is a type, never a flag: a new attention or router is a new dataclass here and a new
 module under `dsjax.nn`, joined by one line in the tables of `dsjax.model`. Field names are those
-of the published `config.json` where it has them. Sizes are counts of elements unless said otherwise.
+of the published `config.json` where it has them. Sizes count elements unless said otherwise.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ def _positive(config, *names: str) -> None:
 class Yarn:
     """YaRN context extension (arXiv 2309.00071) with DeepSeek's softmax temperature.
 
-    `original_context` is in tokens; `beta_fast` and `beta_slow` are rotations over it. `mscale_all_dim`
-    enters the softmax scale squared, `mscale / mscale_all_dim` multiplies cos and sin.
+    `original_context` is in tokens; `beta_fast` and `beta_slow` are rotations over it.
+    `mscale_all_dim` enters the softmax scale squared, `mscale` over it multiplies cos and sin.
     """
 
     factor: float
@@ -108,7 +108,7 @@ class Moe:
         groups, kept = self.router.num_groups, self.router.kept_groups
         if self.num_experts % groups:
             raise ValueError(
-                f"{self.num_experts} experts do not divide into num_groups={groups}; choose a divisor"
+                f"{self.num_experts} experts do not divide into num_groups={groups}; use a divisor"
             )
         if not 1 <= kept <= groups:
             raise ValueError(

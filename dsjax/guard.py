@@ -8,7 +8,7 @@ from dsjax.run import Guard
 
 
 class LossGuard:
-    """Watches every step's loss: not finite always stops, a spike when it towers over the recent."""
+    """Watches every step's loss: stops if it is not finite, or towers over the recent ones."""
 
     def __init__(self, config: Guard, recent: list[float]):
         self._config = config

@@ -54,7 +54,7 @@ def read(run_dir: Path) -> list[dict]:
 
 
 def _moe_stacks(model: config.Model) -> list[config.Moe]:
-    """The MoE specs in the order of a step's loads: one per place in a group's pattern, then MTP."""
+    """The MoE specs in the order of a step's loads: each place in a group's pattern, then MTP."""
     pattern = [block for group in model.layers for block in group.pattern]
     return [block.ffn for block in (*pattern, *model.mtp) if isinstance(block.ffn, config.Moe)]
 

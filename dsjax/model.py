@@ -140,7 +140,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens_BT: Int[Array, "B T"], places: Places | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token, in the weights' dtype; rows are one document each by default."""
+        """Logits of the next token, in the weights' dtype; each row is one document by default."""
         places = default_places(tokens_BT) if places is None else places
         return self.logits(self.hidden(tokens_BT, places).hidden_BTD)
 

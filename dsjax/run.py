@@ -108,7 +108,7 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandardLibrary:
-    """Python's own source files, bytes as tokens; always there. `held_out`: share for evaluation."""
+    """Python's own source files, bytes as tokens; always there. `held_out`: share to evaluate."""
 
     held_out: float = 0.05
 

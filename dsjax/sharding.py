@@ -86,7 +86,7 @@ def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def einsum(subscripts: str, *operands: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """`jnp.einsum` whose result lies as `axes` say; a contraction of a cut axis is an all-reduce."""
+    """`jnp.einsum` with the result laid out by `axes`; contracting a cut axis is an all-reduce."""
     return jnp.einsum(subscripts, *operands, out_sharding=spec(*axes) if active() else None)
 
 

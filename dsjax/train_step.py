@@ -39,7 +39,7 @@ class Totals(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What micro-batches add up to. `loads[i]`: tokens per expert of the i-th stack of MoE layers."""
+    """What micro-batches add up to. `loads[i]`: tokens per expert of the i-th MoE stack."""
 
     nats: tuple[Float[Array, ""], ...]
     correct: tuple[Float[Array, ""], ...]

@@ -18,7 +18,7 @@ def _copies_fwd(x_MD, order, inverse, num_chosen):
 
 
 def _copies_bwd(saved, grad):
-    # Un-sorting and adding the K copies is a gather; the scatter-add that autodiff would emit is slow.
+    # Un-sorting and adding the K copies is a gather; autodiff would emit a slow scatter-add.
     inverse, (num_tokens, dim) = saved
     return grad[inverse].reshape(num_tokens, -1, dim).sum(1), None, None, None
 

@@ -144,7 +144,7 @@ class MlaAttention(nnx.Module):
         )
 
     def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility):
-        """The same numbers with W_UK folded into the query and W_UV into the output: [B, T, N, W]."""
+        """The same with W_UK folded into the query and W_UV into the output: [B, T, N, W]."""
         nope = self.config.qk_nope_head_dim
         up_key_CNH, up_value_CNW = self.kv_b_proj[..., :nope], self.kv_b_proj[..., nope:]
         q_latent_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, up_key_CNH)

@@ -20,7 +20,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class MoeStats(NamedTuple):
-    """`load_E`: tokens each expert got in the batch. `balance_B`: sequence-wise loss of each row."""
+    """`load_E`: tokens of the batch per expert. `balance_B`: sequence-wise loss of each row."""
 
     load_E: Float[Array, " E"]
     balance_B: Float[Array, " B"]

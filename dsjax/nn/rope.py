@@ -48,7 +48,7 @@ def amplitude(rope: Rope) -> float:
 
 
 def softmax_factor(rope: Rope) -> float:
-    """m^2 with m = 0.1 mscale_all_dim ln(factor) + 1: YaRN's temperature on the attention scores."""
+    """m^2, m = 0.1 mscale_all_dim ln(factor) + 1: YaRN's temperature on attention scores."""
     if rope.yarn is None:
         return 1.0
     return _mscale(rope.yarn.factor, rope.yarn.mscale_all_dim) ** 2

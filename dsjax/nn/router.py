@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight. Scores in FP32; ties go to the lower index."""
+"""Which experts a token goes to, with what weight. Scores in FP32; ties: the lower index."""
 
 from typing import NamedTuple
 

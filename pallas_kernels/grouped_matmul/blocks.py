@@ -74,6 +74,11 @@ def _over_the_rest(layout: _Layout, step, carry):
     return lax.fori_loop(0, layout.start_G.shape[0], group_body, carry)
 
 
+def _if_any_rest(layout: _Layout, finish, done):
+    """finish(done) where a group has more rows than room; with balanced routing none has."""
+    return lax.cond((layout.end_G - layout.start_G > layout.room).any(), finish, lambda x: x, done)
+
+
 def _padded(x: Array) -> Array:
     """A last tile may reach past the end."""
     return jnp.pad(x, ((0, TILE), (0, 0)))
@@ -91,21 +96,25 @@ def _rows_times_matrix(x_MK: Array, w_GKN: Array, sizes_G: Array, contract: int)
         out = _in_rows(product.astype(x_MK.dtype), layout, num_rows)
     else:
         out = jnp.zeros_like(x_MK, shape=(num_rows, w_GKN.shape[2 - contract]))
-    x_MK, out = _padded(x_MK), _padded(out)
 
-    def step(out, group, row, rows_left):
-        tile = lax.dynamic_slice_in_dim(x_MK, row, TILE)
-        matrix = lax.dynamic_index_in_dim(w_GKN, group, keepdims=False)
-        product = lax.dot_general(
-            tile, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=wide
-        )
-        mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
-        there = lax.dynamic_slice_in_dim(out, row, TILE)
-        return lax.dynamic_update_slice_in_dim(
-            out, jnp.where(mine, product.astype(out.dtype), there), row, 0
-        )
+    def finish(out):
+        x_padded = _padded(x_MK)
 
-    return _over_the_rest(layout, step, out)[:num_rows]
+        def step(out, group, row, rows_left):
+            tile = lax.dynamic_slice_in_dim(x_padded, row, TILE)
+            matrix = lax.dynamic_index_in_dim(w_GKN, group, keepdims=False)
+            product = lax.dot_general(
+                tile, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=wide
+            )
+            mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
+            there = lax.dynamic_slice_in_dim(out, row, TILE)
+            return lax.dynamic_update_slice_in_dim(
+                out, jnp.where(mine, product.astype(out.dtype), there), row, 0
+            )
+
+        return _over_the_rest(layout, step, _padded(out))[:num_rows]
+
+    return _if_any_rest(layout, finish, out)
 
 
 def _rows_transposed_times_rows(x_MK: Array, y_MN: Array, sizes_G: Array, dtype) -> Array:
@@ -119,18 +128,22 @@ def _rows_transposed_times_rows(x_MK: Array, y_MN: Array, sizes_G: Array, dtype)
     else:
         shape = (sizes_G.shape[0], x_MK.shape[1], y_MN.shape[1])
         grads = jnp.zeros_like(x_MK, shape=shape, dtype=wide)
-    x_MK, y_MN = _padded(x_MK), _padded(y_MN)
 
-    def step(grads, group, row, rows_left):
-        mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
-        left = jnp.where(mine, lax.dynamic_slice_in_dim(x_MK, row, TILE), 0)
-        right = lax.dynamic_slice_in_dim(y_MN, row, TILE)
-        product = lax.dot_general(
-            left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
-        )
-        return lax.dynamic_update_index_in_dim(grads, grads[group] + product, group, 0)
+    def finish(grads):
+        x_padded, y_padded = _padded(x_MK), _padded(y_MN)
 
-    return _over_the_rest(layout, step, grads).astype(dtype)
+        def step(grads, group, row, rows_left):
+            mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
+            left = jnp.where(mine, lax.dynamic_slice_in_dim(x_padded, row, TILE), 0)
+            right = lax.dynamic_slice_in_dim(y_padded, row, TILE)
+            product = lax.dot_general(
+                left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
+            )
+            return lax.dynamic_update_index_in_dim(grads, grads[group] + product, group, 0)
+
+        return _over_the_rest(layout, step, grads)
+
+    return _if_any_rest(layout, finish, grads).astype(dtype)
 
 
 @jax.custom_vjp
