@@ -34,6 +34,7 @@ from dsjax.train_step import (
     TrainState,
     init_state,
     make_eval_step,
+    make_init,
     make_train_step,
     state_shardings,
 )
@@ -113,7 +114,7 @@ def step_record(run: Run, step: int, values: dict, seconds: float, peak: float |
 
 def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Dataset) -> None:
     """Raises Stopped, after writing down which documents the batch came from."""
-    sources = batches.provenance(rows, data)
+    sources = batches.provenance(rows, data.locate)
     file = run_dir / f"stopped_at_step_{step}.json"
     replace_text(file, json.dumps({"step": step, "reason": complaint, "batch": sources}, indent=1))
     shown = "\n".join(
@@ -151,7 +152,7 @@ def set_up(run: Run) -> Setup:
     checkpoints = Checkpoints(run_dir, run.checkpoint)
     step = checkpoints.latest_step
     if step is None:
-        state = jax.jit(lambda: init_state(run), out_shardings=placement)()
+        state = make_init(run, placement)()
         log = metrics.MetricsLog(run_dir)
     else:
         abstract = jax.eval_shape(lambda: init_state(run))

@@ -1,13 +1,13 @@
 """Rows of the data stream into device batches: micro-batches, batch-size ramp, provenance."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from dsjax import sharding
-from dsjax.data import Dataset, Row
+from dsjax.data import Row
 from dsjax.losses import Batch
 from dsjax.run import BatchShape
 
@@ -69,13 +69,13 @@ def target_bytes(rows: Iterable[Row], bytes_per_token: np.ndarray) -> int:
     return total
 
 
-def provenance(rows: Sequence[Row], data: Dataset) -> list[dict]:
+def provenance(rows: Sequence[Row], locate: Callable[[int], str]) -> list[dict]:
     """Where a batch comes from: per row and document its place and the token offsets used."""
     found = []
     for index, row in enumerate(rows):
         for segment in range(1, int(row.segments_T.max()) + 1):
             mine = np.flatnonzero(row.segments_T == segment)
             first, last = (int(row.offsets_T[mine[edge]]) for edge in (0, -1))
-            place = data.locate(row.documents_T[mine[0]])
+            place = locate(int(row.documents_T[mine[0]]))
             found.append({"row": index, "document": place, "tokens": [first, last]})
     return found

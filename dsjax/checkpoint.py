@@ -112,7 +112,8 @@ def restore_model(
 ) -> tuple[models.Transformer, Run]:
     """The newest weights of a training run (FP32) and the run that made them.
 
-    `mesh=None` restores onto the first device. ValueError if there is no run or no checkpoint yet.
+    `mesh=None` restores onto a mesh of the first device; call the model with a mesh set
+    (`jax.set_mesh`). ValueError if there is no run or no checkpoint yet.
     """
     run_file = Path(run_dir) / RUN_FILE
     if not run_file.is_file():

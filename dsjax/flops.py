@@ -33,9 +33,9 @@ def _attention(mla: config.Mla, hidden: int, length: int) -> float:
 
 def _ffn(ffn: config.Dense | config.Moe, hidden: int) -> float:
     if isinstance(ffn, config.Dense):
-        return 3 * hidden * ffn.intermediate_size
+        return 3.0 * hidden * ffn.intermediate_size
     active = ffn.num_chosen + ffn.num_shared
-    return 3 * hidden * ffn.intermediate_size * active + hidden * ffn.num_experts
+    return 3.0 * hidden * ffn.intermediate_size * active + hidden * ffn.num_experts
 
 
 def training_flops_per_token(model: config.Model, length: int) -> float:

@@ -141,13 +141,29 @@ class Checkpoint:
     every: int = 100
     keep: int = 3
 
+    def __post_init__(self):
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(
+                f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Held-out loss over the same `batches` batches every `every` steps and at the end."""
+    """Held-out loss over the same `batches` micro-batches every `every` steps and at the end.
+
+    `batches=0` evaluates nothing.
+    """
 
     every: int = 100
     batches: int = 8
+
+    def __post_init__(self):
+        if self.every < 1 or self.batches < 0:
+            raise ValueError(
+                f"evaluation.every={self.every} must be at least 1, "
+                f"evaluation.batches={self.batches} at least 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +172,12 @@ class Guard:
 
     spike: float = 2.0
     window: int = 64
+
+    def __post_init__(self):
+        if self.spike <= 1.0 or self.window < 1:
+            raise ValueError(
+                f"guard.spike={self.spike} must be above 1, guard.window={self.window} at least 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

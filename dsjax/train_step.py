@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -64,6 +65,13 @@ def state_shardings(run: Run, mesh: jax.sharding.Mesh) -> TrainState:
     return jax.tree.map(of, jax.eval_shape(lambda: init_state(run)), is_leaf=sharding.is_variable)
 
 
+def make_init(run: Run, placement: TrainState) -> Callable[[], TrainState]:
+    """`init_state` jitted, every array made where it belongs."""
+    # Runs once: on CPU, optimising the machine code of so many random draws takes far longer.
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(lambda: init_state(run), out_shardings=placement, compiler_options=fast)
+
+
 def forward(
     model: Transformer, batch: Batch, *, remat: str
 ) -> tuple[tuple[Float[Array, ""], ...], Sums]:
@@ -80,7 +88,8 @@ def forward(
     ]
     nats, correct = zip(*outcomes, strict=True)
     moe = [stats for group in (*main.stats, mtp_stats) for stats in group if stats is not None]
-    balance = sum((stats.balance_B.sum() for stats in moe), start=jnp.zeros((), jnp.float32))
+    zero = jnp.zeros((), np.promote_types(main.hidden_BTD.dtype, jnp.float32))
+    balance = sum((stats.balance_B.sum() for stats in moe), start=zero)
     return nats, Sums(nats, correct, balance, tuple(stats.load_E for stats in moe))
 
 

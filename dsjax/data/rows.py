@@ -16,6 +16,7 @@ from dsjax.data.tokenizers import Bytes, HuggingFace
 # Columns of the array that goes through grain's packer, which splits all of them alike.
 TOKEN, DOCUMENT, OFFSET = range(3)
 PIECE = "piece"
+STREAMS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +39,8 @@ class Row:
 class RowIterator:
     """Endless training rows; every pass over the documents is in a new order drawn from `seed`.
 
+    Rows come in turn from `streams` packers, each with its own share of the documents: a long
+    document fills many rows, and taken one after the other they would fill whole batches.
     `get_state()` is a small dict for JSON; after `set_state()` of it, here or in another process,
     `next()` gives what would have come next.
     """
@@ -51,29 +54,40 @@ class RowIterator:
         length: int,
         seed: int,
         source: str,
+        streams: int = STREAMS,
     ):
         """`chosen`: numbers of the documents to read. `source`: their fingerprint."""
         import grain
 
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} must lie between 0 and 2**32 - 1")
-        order = grain.MapDataset.source(chosen).seed(seed).shuffle().repeat()
-        self._packed = iter(_packed(order, documents, tokenizer, length))
+        streams = min(streams, len(chosen))
+        mixed = np.random.default_rng(seed).permutation(chosen)
+        orders = [
+            grain.MapDataset.source(mixed[first::streams]).seed(seed).shuffle().repeat()
+            for first in range(streams)
+        ]
+        self._packers = [iter(_packed(order, documents, tokenizer, length)) for order in orders]
+        self._turn = 0
         self._made_for = {
             "source": source,
             "tokenizer": tokenizer.fingerprint,
             "length": length,
             "seed": seed,
+            "streams": streams,
         }
 
     def __iter__(self) -> Iterator[Row]:
         return self
 
     def __next__(self) -> Row:
-        return _row(next(self._packed))
+        row = _row(next(self._packers[self._turn]))
+        self._turn = (self._turn + 1) % len(self._packers)
+        return row
 
     def get_state(self) -> dict:
-        return {**self._made_for, "packer": self._packed.get_state()}
+        packers = [packer.get_state() for packer in self._packers]
+        return {**self._made_for, "turn": self._turn, "packers": packers}
 
     def set_state(self, state: dict) -> None:
         """ValueError if the state was saved over other documents, tokenizer, length or seed."""
@@ -88,13 +102,12 @@ class RowIterator:
                 "Continue with the data, tokenizer, batch.length and seed of the saved run, or "
                 "start a new run_dir"
             )
-        packer = dict(state["packer"])
-        # The packer tells "nothing left over" by comparing with a tuple; JSON knows only lists,
-        # and a list would make it drop a whole document.
-        packer["remainder_slices"] = {
-            key: tuple(span) for key, span in packer["remainder_slices"].items()
-        }
-        self._packed.set_state(packer)
+        self._turn = state["turn"]
+        for packer, saved in zip(self._packers, state["packers"], strict=True):
+            # A packer tells "nothing left over" by comparing with a tuple; JSON knows only lists,
+            # and a list would make it drop a whole document.
+            spans = {key: tuple(span) for key, span in saved["remainder_slices"].items()}
+            packer.set_state({**saved, "remainder_slices": spans})
 
 
 def rows_once(
@@ -128,8 +141,8 @@ def _packed(order, documents: Documents, tokenizer: Bytes | HuggingFace, length:
         piece[:, OFFSET] = np.arange(len(tokens))
         return {PIECE: piece}
 
-    # Two threads keep ahead of a training step and leave the cores to it.
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    # A thread for each stream keeps a document or two ahead and leaves the cores to the step.
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     pieces = order.map(tokenize).to_iter_dataset(ahead)
     return grain.experimental.ConcatThenSplitIterDataset(pieces, length_struct={PIECE: length})
 

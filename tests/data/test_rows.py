@@ -30,9 +30,16 @@ def documents(tmp_path):
     return Documents(files)
 
 
-def rows_of(documents, *, length=8, seed=3, source="s"):
-    everything = np.arange(len(documents))
-    return RowIterator(documents, everything, Bytes(), length=length, seed=seed, source=source)
+def rows_of(documents, *, length=8, seed=3, source="s", streams=1):
+    return RowIterator(
+        documents,
+        np.arange(len(documents)),
+        Bytes(),
+        length=length,
+        seed=seed,
+        source=source,
+        streams=streams,
+    )
 
 
 def same(one, other) -> bool:
@@ -94,15 +101,24 @@ def test_seed_decides_the_order(documents):
     assert order(3) == order(3) != order(4)
 
 
-def test_resumes_exactly_after_any_row_and_across_epochs(documents):
+def test_streams_take_turns_and_share_the_documents(documents):
+    rows = rows_of(documents, streams=3)
+    taken = [next(rows) for _ in range(60)]
+    shares = [{int(d) for row in taken[turn::3] for d in row.documents_T} for turn in range(3)]
+    assert sorted(d for share in shares for d in share) == list(range(len(LENGTHS)))
+    assert rows_of(documents, streams=99).get_state()["streams"] == len(LENGTHS)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_resumes_exactly_after_any_row_and_across_epochs(documents, streams):
     # 125 tokens an epoch: 50 rows of 8 cross three epoch boundaries.
-    rows, states, expected = rows_of(documents), [], []
+    rows, states, expected = rows_of(documents, streams=streams), [], []
     for _ in range(50):
         states.append(json.dumps(rows.get_state()))
         expected.append(next(rows))
     for place, state in enumerate(states):
-        assert len(state) < 500
-        resumed = rows_of(documents)
+        assert len(state) < 500 * streams
+        resumed = rows_of(documents, streams=streams)
         resumed.set_state(json.loads(state))
         assert json.loads(json.dumps(resumed.get_state())) == json.loads(state)
         for wanted in expected[place : place + 6]:
