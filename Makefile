@@ -28,7 +28,7 @@ help: ## this list
 venv: $(INSTALLED) ## .venv with the pinned dependencies (PYTHON=/path/to/python3 to choose one)
 	@echo "$(PY) is ready"
 
-train: $(INSTALLED) ## train configs/tiny.py (ARGS="steps=100 seed=1" changes it)
+train: $(INSTALLED) ## train configs/tiny.py (ARGS="seed=1 run_dir=runs/other" changes it)
 	@$(PY) train.py configs/tiny.py $(ARGS)
 
 test: $(INSTALLED) ## the default suite: no network, no torch
@@ -63,7 +63,7 @@ clean: ## remove both environments and every cache; runs/ stays
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
 	  python="$(PYTHON)"; \
-	  python=$${python:-$$(sh .ci/find_python 3.12 4 python3.13 python3.12 python3)} || exit 1; \
+	  python=$${python:-$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3)} || exit 1; \
 	  echo "making $(VENV) with $$python"; \
 	  "$$python" -m venv --clear $(VENV); }
 	@echo "installing the dependencies (about 800 MB, once)"

@@ -62,11 +62,13 @@ def claim_run_dir(run: Run) -> Path:
     """Makes the run folder with its `run.json`, or checks that the run in it is this one."""
     run_dir = Path(run.run_dir)
     run_file = run_dir / RUN_FILE
-    if run_file.is_file():
+    if run_file.is_file() and any(run_dir.glob("checkpoints/[0-9]*")):
         before = from_json(run_file.read_text())
         names = [field.name for field in dataclasses.fields(Run)]
         changed = [name for name in names if getattr(before, name) != getattr(run, name)]
         fixed = [name for name in changed if name not in FREE_TO_CHANGE]
+        if "steps" in changed:
+            print(f"steps was {before.steps}, is {run.steps}: every schedule stretches with it")
         if fixed:
             raise ValueError(
                 f"{run_dir} holds a run with another {', '.join(fixed)}; continue it with the "
@@ -112,6 +114,14 @@ def step_record(run: Run, step: int, values: dict, seconds: float, peak: float |
     return record if peak is None else record | {"mfu": per_token * rate / peak}
 
 
+def read(rows: RowIterator, run: Run, used: int) -> list[Row]:
+    """The rows of a step. Raises Stopped for a document that cannot be read."""
+    try:
+        return batches.take(rows, run.batch, used)
+    except (ValueError, OSError) as error:
+        raise Stopped(f"{error}\nMend the data; the same command continues then") from error
+
+
 def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Dataset) -> None:
     """Raises Stopped, after writing down which documents the batch came from."""
     sources = batches.provenance(rows, data.locate)
@@ -123,10 +133,33 @@ def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Da
     )
     raise Stopped(
         f"step {step}: {complaint}.\nThe batch (all of it in {file}):\n{shown}\n"
-        "The last checkpoint is from before this step. Look at these documents; then continue with "
+        "No checkpoint holds this step. Look at these documents; then continue with "
         "a lower optim.learning_rate.peak or optim.clip_norm in a new run_dir, or, if a "
         "spike is expected here, repeat the command with a higher guard.spike."
     )
+
+
+def check_sizes(run: Run) -> None:
+    """ValueError if the batch does not divide over the mesh, or the sample does not fit."""
+    micro = run.batch.micro or run.batch.size
+    shares = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
+    if micro % shares:
+        raise ValueError(
+            f"a micro-batch of {micro} sequences does not divide over mesh.data * mesh.fsdp * "
+            f"mesh.expert = {shares}; make batch.micro (or batch.size) a multiple of it"
+        )
+    if run.batch.length % sharding.axis_size("context"):
+        raise ValueError(
+            f"batch.length={run.batch.length} does not divide over mesh.context="
+            f"{sharding.axis_size('context')}"
+        )
+    positions = run.model.max_position_embeddings
+    if max(run.batch.length, run.sample.max_new_tokens + len(run.sample.prompt) + 1) > positions:
+        raise ValueError(
+            f"batch.length={run.batch.length} and sample.max_new_tokens="
+            f"{run.sample.max_new_tokens} with its prompt must fit into "
+            f"model.max_position_embeddings={positions}"
+        )
 
 
 class Setup(NamedTuple):
@@ -142,9 +175,16 @@ class Setup(NamedTuple):
 
 
 def set_up(run: Run) -> Setup:
-    """The mesh (set from here on), the data, and the state, new or as it was last saved."""
+    """The mesh (set from here on), the data, and the state, new or as it was last saved.
+
+    ValueError for a run that its mesh, its data or its folder do not fit.
+    """
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     jax.set_mesh(mesh)
+    check_sizes(run)
+    if run.precision == "fp32":
+        # Else GPUs round the factors to TF32 and TPUs to BF16.
+        jax.config.update("jax_default_matmul_precision", "highest")
     placement = state_shardings(run, mesh)
     data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
     rows = data.train_rows(run.seed)
@@ -165,19 +205,27 @@ def set_up(run: Run) -> Setup:
 def train(run: Run, setup: Setup) -> None:
     run_dir, mesh, data, rows, checkpoints, state, log = setup
     asked_to_stop: list[int] = []
+
+    def ask_to_stop(number: int, _: object) -> None:
+        """The first signal ends the run after this step, the second ends it at once."""
+        asked_to_stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: asked_to_stop.append(number))
+        signal.signal(number, ask_to_stop)
 
     train_step, evaluate = make_train_step(run), Evaluator(run, data, mesh)
-    guard = LossGuard(run.guard, [r["loss"] for r in metrics.read(run_dir) if "loss" in r])
+    guard = LossGuard(run.guard, [record["loss"] for record in metrics.read(run_dir)])
     peak = flops.peak_flops(jax.devices())
     step = int(state.step)
 
     def finish(values: dict, its_rows: Sequence[Row], seconds: float) -> None:
         """Writes the metrics of the step just done and checks its loss."""
         record = step_record(run, step, values, seconds, peak)
-        log.write(record)
         complaint = guard.complaint(record["loss"], record["grad_norm"])
+        if not complaint and (step % run.evaluation.every == 0 or step == run.steps):
+            record |= evaluate(state.model)
+        log.write(record)
         if complaint:
             stop(run_dir, step, complaint, its_rows, data)
         bar.update(step, record["loss"], record["tokens_per_second"])
@@ -193,23 +241,23 @@ def train(run: Run, setup: Setup) -> None:
             f"{jax.devices()[0].platform} device(s), {run.precision}, "
             + (f"continuing after step {step}" if step else "from the beginning")
         )
-        while step < run.steps and not asked_to_stop:
-            used = batches.used_micros(run.batch, step, run.steps)
-            its_rows = batches.take(rows, run.batch, used)
-            batch = batches.training_batch(its_rows, run.batch, mesh)
-            began = time.monotonic()
-            state, values = train_step(state, batch, jnp.int32(used))
-            step += 1
-            finish(jax.device_get(values), its_rows, time.monotonic() - began)
-            if step % run.evaluation.every == 0 or step == run.steps:
-                log.write({"step": step, **evaluate(state.model)})
-            if step % run.checkpoint.every == 0:
-                save()
-        save()
-        checkpoints.close()
-        log.close()
+        try:
+            while step < run.steps and not asked_to_stop:
+                began = time.monotonic()
+                used = batches.used_micros(run.batch, step, run.steps)
+                its_rows = read(rows, run, used)
+                batch = batches.training_batch(its_rows, run.batch, mesh)
+                state, values = train_step(state, batch, jnp.int32(used))
+                step += 1
+                finish(jax.device_get(values), its_rows, time.monotonic() - began)
+                if step % run.checkpoint.every == 0:
+                    save()
+            save()
+        finally:
+            checkpoints.close()
+            log.close()
 
-    if asked_to_stop:
+    if step < run.steps:
         print(f"stopped by signal after step {step}; the same command continues from there")
     else:
         report(run, run_dir, state.model, data)

@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax import sharding
+from dsjax.nn.attend import equal_parts
 from dsjax.nn.masks import Places
 
 TOKEN_BLOCK = 512
@@ -48,12 +49,6 @@ def target_count(batch: Batch, depth: int) -> Float[Array, ""]:
     return targets(batch, depth)[1].sum(dtype=jnp.float32)
 
 
-def _num_blocks(length: int) -> int:
-    """The fewest equal parts, at least two, of no more than TOKEN_BLOCK tokens."""
-    parts = range(min(2, length), length + 1)
-    return next(n for n in parts if length % n == 0 and length // n <= TOKEN_BLOCK)
-
-
 def cross_entropy(
     hidden_BTD: Float[Array, "B T D"],
     head_DV: Float[Array, "D V"],
@@ -65,7 +60,7 @@ def cross_entropy(
     Logits exist for one block of tokens at a time, forward and backward, in at least FP32.
     """
     wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
-    blocks = _num_blocks(hidden_BTD.shape[1])
+    blocks = equal_parts(hidden_BTD.shape[1], at_most=TOKEN_BLOCK, least=2)
     # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
     head_DV = sharding.reshard(head_DV, None, "vocab").astype(wide)
 

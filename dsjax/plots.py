@@ -11,13 +11,12 @@ def loss_curve(records: list[dict], path: Path, *, bigram_bits: float | None) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train = [record for record in records if "loss" in record]
     held_out = [record for record in records if "held_out_bits_per_byte" in record]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    steps = [record["step"] for record in train]
-    left.plot(steps, [record["loss"] for record in train], label="training", linewidth=1)
-    if "mtp1_loss" in train[-1]:
-        left.plot(steps, [r["mtp1_loss"] for r in train], label="training, MTP 1", linewidth=1)
+    steps = [record["step"] for record in records]
+    left.plot(steps, [record["loss"] for record in records], label="training", linewidth=1)
+    if "mtp1_loss" in records[-1]:
+        left.plot(steps, [r["mtp1_loss"] for r in records], label="training, MTP 1", linewidth=1)
     evaluated = [record["step"] for record in held_out]
     left.plot(evaluated, [r["held_out_loss"] for r in held_out], "o-", label="held out")
     left.set(title="Loss", xlabel="step", ylabel="nats per token")
@@ -25,7 +24,7 @@ def loss_curve(records: list[dict], path: Path, *, bigram_bits: float | None) ->
     if bigram_bits is not None:
         middle.axhline(bigram_bits, color="grey", linestyle="--", label="bigram entropy")
     middle.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
-    loads = [record for record in train if record.get("load_max_over_mean")]
+    loads = [record for record in records if record.get("load_max_over_mean")]
     for layer in range(len(loads[-1]["load_max_over_mean"]) if loads else 0):
         curve = [record["load_max_over_mean"][layer] for record in loads]
         right.plot([r["step"] for r in loads], curve, linewidth=1, label=f"MoE layer {layer}")

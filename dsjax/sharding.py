@@ -1,4 +1,6 @@
-"""The only file that knows mesh axes: one mesh, one table from logical axis to mesh axes.
+"""The mesh: one, always whole, and the table from logical axis to mesh axes.
+
+Only this file and the per-device code of `nn/moe.py` name mesh axes.
 
 Weights are stored sharded over `fsdp` as well (ZeRO-3) and gathered by `unshard`, one layer at a
 time, where they are used. Everything here also works without a mesh: then it does nothing, so a

@@ -55,7 +55,7 @@ def lines(run_dir: Path) -> list[dict]:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in lines(run_dir) if "loss" in record}
+    return {record["step"]: record["loss"] for record in lines(run_dir)}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,15 @@ def undisturbed(tmp_path_factory, compiled) -> Path:
     return run_dir
 
 
-def interrupted_at(run_dir: Path, compiled: Path, step: int, number: signal.Signals, *overrides):
-    """Starts the run, sends the signal once `step` is in the metrics, and waits for the end."""
+def interrupted_at(
+    run_dir: Path,
+    compiled: Path,
+    step: int,
+    number: signal.Signals,
+    *overrides: str,
+    delay: float = 0.0,
+):
+    """Starts the run, sends the signal `delay` after `step` is in the metrics, awaits the end."""
     process = subprocess.Popen(
         command(run_dir, *overrides), cwd=ROOT, env=environment(compiled), stdout=subprocess.PIPE
     )
@@ -77,6 +84,7 @@ def interrupted_at(run_dir: Path, compiled: Path, step: int, number: signal.Sign
         assert process.poll() is None, "the run ended before it could be interrupted"
         assert time.monotonic() < deadline, f"step {step} never came"
         time.sleep(0.01)
+    time.sleep(delay)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output.decode()
@@ -87,8 +95,9 @@ def test_run_folder_holds_everything(undisturbed):
     assert {"run.json", "metrics.jsonl", "tensorboard", "loss.png", "checkpoints"} <= made
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((undisturbed / "tensorboard").glob("events*"))
-    records = [record for record in lines(undisturbed) if "loss" in record]
+    records = lines(undisturbed)
     assert [record["step"] for record in records] == list(range(1, 25))
+    assert all("loss" in record for record in records)
     assert records[-1]["loss"] < records[0]["loss"]
     assert {record["dropped_tokens"] for record in records} == {0.0}
     assert len(records[0]["load_entropy"]) == 3, "two MoE layers and the MTP module"
@@ -96,14 +105,17 @@ def test_run_folder_holds_everything(undisturbed):
 
 
 def test_batch_size_ramp_shows_in_the_tokens(undisturbed):
-    tokens = [record["tokens"] for record in lines(undisturbed) if "loss" in record]
+    tokens = [record["tokens"] for record in lines(undisturbed)]
     # Four rows of 32 tokens until step 12 reaches the second micro-batch of four.
     assert tokens == [128.0] * 12 + [256.0] * 12
 
 
 def test_killed_run_continues_bit_for_bit(undisturbed, compiled, tmp_path):
-    for step in (3, 8, 17):
-        code, _ = interrupted_at(tmp_path, compiled, step, signal.SIGKILL)
+    # A save after every step, so that a kill may hit one at any point of its work.
+    for step in (2, 7, 16):
+        code, _ = interrupted_at(
+            tmp_path, compiled, step, signal.SIGKILL, "checkpoint.every=1", delay=step / 100
+        )
         assert code == -signal.SIGKILL
     done = train(tmp_path, compiled)
     assert done.returncode == 0, done.stderr
@@ -173,6 +185,7 @@ def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
         (["tests/micro_run.py", "steps=many"], "int"),
         (["tests/micro_run.py", "precision=fp16"], "bf16"),
         (["tests/micro_run.py", "mesh.tensor=3"], "mesh.tensor=3"),
+        (["tests/micro_run.py", "sample.max_new_tokens=9999"], "max_new_tokens=9999"),
         (["configs/nothing.py"], "configs/tiny.py"),
         ([], "usage"),
     ],

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax import optim
 from dsjax.losses import Batch
 from dsjax.model import Transformer
 from dsjax.params import RouterBias
 from dsjax.run import LearningRate, Objective, Optim, Piecewise, Run
-from dsjax.train_step import TrainState, forward, make_train_step
+from dsjax.train_step import forward, make_train_step
 from tests import drawn
 from tests.tolerance import TOLERANCE, rel_err
 
@@ -198,11 +197,3 @@ def test_a_batch_without_any_mtp_target_is_finite():
     state, metrics = outcome(run, pairs)
     assert float(metrics["loss"]) > 0.0 and float(metrics["mtp1_loss"]) == 0.0
     assert all(np.isfinite(value).all() for value in state.values())
-
-
-def test_the_reported_rate_is_the_one_used():
-    run = plain_run()
-    _, metrics = outcome(run, drawn.batch(1))
-    expected = optim.learning_rate(run.optim.learning_rate, run.steps)(jnp.int32(0))
-    assert metrics["learning_rate"] == expected == 1.0
-    assert isinstance(drawn.state(run, SEED), TrainState)

@@ -10,10 +10,6 @@ TOLERANCE = {
     "f32": 1e-5,
     # bfloat16 keeps 8 bits of mantissa: one rounding of the result costs at most 2**-9 of it.
     "bf16": 2.0**-8,
-    # float8_e4m3 keeps 4 bits, scaled by block: the error of a product of many averages out.
-    "fp8_block": 1e-3,
-    # float4_e2m1 keeps 2 bits, with the same averaging.
-    "fp4": 1e-2,
 }
 
 

@@ -48,6 +48,8 @@ class Dataset:
         They are evenly spaced over the first two million held-out tokens: taken in a line, a
         whole evaluation could come out of one long document.
         """
+        if not count:
+            return []
         rows = rows_once(self.documents, self.held_out, self.tokenizer, length=self.length)
         seen = list(itertools.islice(rows, max(count, HELD_OUT_TOKENS // self.length)))
         count = min(count, len(seen))

@@ -155,8 +155,8 @@ class ParquetRows:
 
 
 def row_group_cache() -> Callable[..., Any]:
-    """Reads (path, row group, column) and keeps the last four: the memory Parquet files may use."""
-    return functools.lru_cache(maxsize=4)(_read_row_group)
+    """Reads (path, row group, column) and keeps one for every stream of rows."""
+    return functools.lru_cache(maxsize=16)(_read_row_group)
 
 
 def _read_row_group(path: Path, group: int, column: str):

@@ -1,1 +1,1 @@
-"""The layers, one idea per file. None knows a mesh axis, a compute dtype or a file format."""
+"""The layers, one idea per file. None knows a compute dtype or a file format."""

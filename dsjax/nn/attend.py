@@ -13,6 +13,12 @@ from dsjax.nn.masks import Visibility
 QUERY_BLOCK = 512
 
 
+def equal_parts(length: int, *, at_most: int, least: int = 1) -> int:
+    """The fewest equal parts, `least` or more, of at most `at_most` that `length` divides into."""
+    parts = range(min(least, length), length + 1)
+    return next(n for n in parts if length % n == 0 and length // n <= at_most)
+
+
 def attend(
     queries: Sequence[Float[Array, "B T N _"]],
     keys: Sequence[Float[Array, "B S *_"]],
@@ -26,10 +32,9 @@ def attend(
     Keys and values are [B, S, N, X], or [B, S, X] when all heads share them. Score matrices of more
     than `QUERY_BLOCK` queries are never formed: the blocks are scanned and recomputed in backward.
     """
-    length = queries[0].shape[1]
-    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
+    blocks = equal_parts(queries[0].shape[1], at_most=QUERY_BLOCK)
+    if blocks == 1:
         return _attend(queries, keys, values, visibility, scale)
-    blocks = length // QUERY_BLOCK
 
     # Strided blocks leave the major part of a sharded length where it is.
     def split(x):

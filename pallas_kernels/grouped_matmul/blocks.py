@@ -3,7 +3,9 @@
 Every group has room for a quarter more rows than an even share: with balanced routing the whole
 work is one batched matrix product of 1.25 times the useful size. Rows of a group beyond its room
 go through a loop over tiles whose trip count is dynamic, so no routing costs G times the work and
-shapes stay static. Plain XLA, so it runs everywhere; made for CPU.
+shapes stay static. An even share counts all rows given: where many of them belong to no group (the
+tokens of other devices), the room is too large by that factor. Plain XLA, so it runs everywhere;
+made for CPU.
 """
 
 from typing import NamedTuple
