@@ -32,14 +32,14 @@ train: $(INSTALLED) ## train configs/tiny.py (ARGS="seed=1 run_dir=runs/other" c
 	@$(PY) train.py configs/tiny.py $(ARGS)
 
 test: $(INSTALLED) ## the default suite: no network, no torch
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 parity: $(INSTALLED) $(ORACLE_INSTALLED) ## fresh goldens from transformers (SEED=7), same tests
 	@seed="$(SEED)"; seed=$${seed:-$$($(PY) -c 'import secrets; print(secrets.randbelow(2**31))')}; \
 	goldens=$$(mktemp -d) || exit 1; trap 'rm -rf "$$goldens"' EXIT; \
 	echo "fresh goldens; the same again: make parity SEED=$$seed"; \
 	$(ORACLE_PY) tests/oracles/make_golden.py "$$goldens" --seed $$seed --pretrained && \
-	$(PY) -m pytest tests/test_parity.py tests/test_hf.py tests/oracles --goldens="$$goldens"
+	$(PY) -m pytest -n 2 tests/test_parity.py tests/test_hf.py tests/oracles --goldens="$$goldens"
 
 oracle: $(ORACLE_INSTALLED) ## .venv-oracle: torch, transformers (TORCH_INDEX=URL of torch's CPU wheels)
 	@echo "$(ORACLE_PY) is ready"
