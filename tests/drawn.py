@@ -16,14 +16,21 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def model(
-    *, vocab_size: int = 32, mtp: int = 1, repeat: int = 2, router: object = None, experts: int = 8
+    *,
+    vocab_size: int = 32,
+    mtp: int = 1,
+    repeat: int = 2,
+    router: object = None,
+    experts: int = 8,
+    q_lora_rank: int | None = None,
+    mtp_experts: bool = False,
 ) -> Model:
     """A small V3 whose every size divides by the meshes of the tests; few kinds of layers, because
-    every kind is compiled: experts in the main model, a dense MTP module.
+    every kind is compiled: experts in the main model, and in the MTP modules only on request.
     """
     attention = Mla(
         num_heads=4,
-        q_lora_rank=None,
+        q_lora_rank=q_lora_rank,
         kv_lora_rank=8,
         qk_nope_head_dim=8,
         qk_rope_head_dim=4,
@@ -37,7 +44,7 @@ def model(
         vocab_size=vocab_size,
         hidden_size=16,
         layers=(LayerGroup(repeat=repeat, pattern=(sparse,)),),
-        mtp=(dense,) * mtp,
+        mtp=(sparse if mtp_experts else dense,) * mtp,
         initializer_std=0.1,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax import losses, sharding
-from dsjax.config import SoftmaxRouter
+from dsjax.config import Model, SoftmaxRouter
 from dsjax.model import abstract
 from dsjax.run import LearningRate, MeshShape, Optim, Run
 from dsjax.train_step import make_train_step, state_shardings
@@ -26,12 +26,12 @@ MESHES = {
 }
 
 
-def v3_run() -> Run:
+def v3_run(model: Model) -> Run:
     # Adam with an eps that large makes the first update the gradient itself, up to a factor; and
     # with that rate an error in it would show in the weights.
     rate = LearningRate(peak=1.0, warmup_steps=0)
     return drawn.run(
-        drawn.model(repeat=2),
+        model,
         optim=Optim(learning_rate=rate, eps=1.0, beta2=0.0, clip_norm=1e9),
     )
 
@@ -57,16 +57,25 @@ def stepped(run: Run, mesh: jax.sharding.Mesh | None):
 
 
 @functools.cache
-def on_one_device():
-    return stepped(v3_run(), None)
+def on_one_device(model: Model):
+    return stepped(v3_run(model), None)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_step_is_the_same_on_every_mesh(name):
-    known = on_one_device()
-    found = stepped(v3_run(), sharding.make_mesh(**MESHES[name]))
+    compare_a_step(drawn.model(repeat=2), MESHES[name])
+
+
+def test_compressed_queries_and_experts_in_mtp_too():
+    model = drawn.model(repeat=1, q_lora_rank=8, mtp_experts=True)
+    compare_a_step(model, {"context": 2, "tensor": 2, "expert": 2})
+
+
+def compare_a_step(model: Model, mesh: dict[str, int]) -> None:
+    known = on_one_device(model)
+    found = stepped(v3_run(model), sharding.make_mesh(**mesh))
     assert found.keys() == known.keys()
-    start = drawn.leaves((drawn.state(v3_run(), SEED), {}))
+    start = drawn.leaves((drawn.state(v3_run(model), SEED), {}))
     for path, value in known.items():
         # The first moment is a tenth of the gradient.
         assert rel_err(found[path], value) < 10 * TOLERANCE["f32"], path
