@@ -2,7 +2,7 @@
 
     python train.py configs/tiny.py
 
-Expect held-out text well below the bigram entropy of the training bytes (3.5 bits per byte), the
+Expect held-out text below the bigram entropy of the training bytes (3.5 bits per byte), the
 experts' load evening out, and a sample that looks like Python from afar.
 """
 
