@@ -83,7 +83,7 @@ class Evaluator:
     """Held-out loss in nats per token and in bits per byte, always over the same rows."""
 
     def __init__(self, run: Run, data: Dataset, mesh: jax.sharding.Mesh):
-        micro = run.batch.micro or run.batch.size
+        micro = run.batch.micro_size
         self._rows = data.held_out_rows(run.evaluation.batches * micro)
         self._run, self._mesh, self._step = run, mesh, make_eval_step(run)
         self._bytes = batches.target_bytes(self._rows, data.tokenizer.bytes_per_token)
@@ -141,7 +141,7 @@ def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Da
 
 def check_sizes(run: Run) -> None:
     """ValueError if the batch does not divide over the mesh, or the sample does not fit."""
-    micro = run.batch.micro or run.batch.size
+    micro = run.batch.micro_size
     shares = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
     if micro % shares:
         raise ValueError(

@@ -12,21 +12,17 @@ from dsjax.losses import Batch
 from dsjax.run import BatchShape
 
 
-def _micro_size(config: BatchShape) -> int:
-    return config.micro or config.size
-
-
 def used_micros(config: BatchShape, step: int, steps: int) -> int:
     """Micro-batches of `step` (from 0): a linear ramp in whole ones, then all."""
     start = config.size if config.ramp_from is None else config.ramp_from
     until = config.ramp_until * steps
     fraction = min(step / until, 1.0) if until else 1.0
-    return math.floor((start + (config.size - start) * fraction) / _micro_size(config))
+    return math.floor((start + (config.size - start) * fraction) / config.micro_size)
 
 
 def take(rows: Iterator[Row], config: BatchShape, used: int) -> list[Row]:
     """The rows of one step."""
-    return [next(rows) for _ in range(used * _micro_size(config))]
+    return [next(rows) for _ in range(used * config.micro_size)]
 
 
 def _arrays(rows: Sequence[Row]) -> list[np.ndarray]:
@@ -36,7 +32,7 @@ def _arrays(rows: Sequence[Row]) -> list[np.ndarray]:
 
 def training_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.Mesh) -> Batch:
     """Rows as micro-batches [n, b, T] on the mesh; those a ramp leaves empty are padding."""
-    micro = _micro_size(config)
+    micro = config.micro_size
 
     def in_micros(x_RT: np.ndarray) -> np.ndarray:
         empty = config.size - len(x_RT)
@@ -48,7 +44,7 @@ def training_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.M
 
 def evaluation_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.Mesh) -> Batch:
     """At most a micro-batch of rows as [b, T] on the mesh; rows that are missing are padding."""
-    missing = _micro_size(config) - len(rows)
+    missing = config.micro_size - len(rows)
     where = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
     padded = (np.pad(x, ((0, missing), (0, 0))) for x in _arrays(rows))
     return Batch(*(jax.device_put(x, where) for x in padded))
@@ -56,7 +52,7 @@ def evaluation_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding
 
 def in_evaluation_batches(rows: Sequence[Row], config: BatchShape) -> Iterator[Sequence[Row]]:
     """Rows in groups of one micro-batch."""
-    micro = _micro_size(config)
+    micro = config.micro_size
     return (rows[start : start + micro] for start in range(0, len(rows), micro))
 
 

@@ -91,8 +91,13 @@ class BatchShape:
     ramp_from: int | None = None
     ramp_until: float = 0.0
 
+    @property
+    def micro_size(self) -> int:
+        """Sequences computed at a time."""
+        return self.micro or self.size
+
     def __post_init__(self):
-        micro = self.micro or self.size
+        micro = self.micro_size
         if self.size < 1 or self.length < 2 or micro < 1 or self.size % micro:
             raise ValueError(
                 f"batch.size={self.size} must be a positive multiple of batch.micro={self.micro}, "
