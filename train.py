@@ -23,6 +23,7 @@ from dsjax import batches, flops, metrics, sharding
 from dsjax.checkpoint import RUN_FILE, Checkpoints
 from dsjax.data import Dataset, Row, RowIterator, open_data
 from dsjax.guard import LossGuard
+from dsjax.host_memory import keep_freed_pages
 from dsjax.model import Transformer
 from dsjax.overrides import help_text
 from dsjax.params import cast, count
@@ -107,7 +108,7 @@ def step_record(run: Run, step: int, values: dict, seconds: float, peak: float |
     """The metrics line of a finished step. MFU: flops_per_token * tokens / seconds / peak."""
     loads = values.pop("loads")
     record = {"step": step, **{name: float(value) for name, value in values.items()}}
-    record |= metrics.load_statistics(loads, run.model, record["tokens"])
+    record |= metrics.load_statistics(loads)
     rate = record["tokens"] / seconds
     per_token = flops.training_flops_per_token(run.model, run.batch.length)
     record |= {"step_seconds": seconds, "tokens_per_second": rate, "flops_per_token": per_token}
@@ -174,11 +175,22 @@ class Setup(NamedTuple):
     log: metrics.MetricsLog
 
 
+def first_state(run: Run, placement: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Step 0, with drawn weights or those of `run.init_from`."""
+    if run.init_from is None:
+        return make_init(run, placement)()
+    from dsjax.convert.starting import state_from
+
+    return state_from(run.init_from, run, placement, mesh)
+
+
 def set_up(run: Run) -> Setup:
     """The mesh (set from here on), the data, and the state, new or as it was last saved.
 
     ValueError for a run that its mesh, its data or its folder do not fit.
     """
+    if jax.default_backend() == "cpu":
+        keep_freed_pages()
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     jax.set_mesh(mesh)
     check_sizes(run)
@@ -192,7 +204,7 @@ def set_up(run: Run) -> Setup:
     checkpoints = Checkpoints(run_dir, run.checkpoint)
     step = checkpoints.latest_step
     if step is None:
-        state = make_init(run, placement)()
+        state = first_state(run, placement, mesh)
         log = metrics.MetricsLog(run_dir)
     else:
         abstract = jax.eval_shape(lambda: init_state(run))
@@ -218,6 +230,7 @@ def train(run: Run, setup: Setup) -> None:
     guard = LossGuard(run.guard, [record["loss"] for record in metrics.read(run_dir)])
     peak = flops.peak_flops(jax.devices())
     step = int(state.step)
+    origin = f"from {run.init_from or 'the beginning'}"
 
     def finish(values: dict, its_rows: Sequence[Row], seconds: float) -> None:
         """Writes the metrics of the step just done and checks its loss."""
@@ -239,7 +252,7 @@ def train(run: Run, setup: Setup) -> None:
         bar.say(
             f"{count(state.model):,} parameters, {mesh.devices.size} "
             f"{jax.devices()[0].platform} device(s), {run.precision}, "
-            + (f"continuing after step {step}" if step else "from the beginning")
+            + (f"continuing after step {step}" if step else origin)
         )
         try:
             while step < run.steps and not asked_to_stop:

@@ -7,6 +7,7 @@ from turns import take_turns
 
 from dsjax import sharding
 from dsjax.config import Block, Dense, LayerGroup, Mla, Model, Moe, SigmoidRouter
+from dsjax.host_memory import keep_freed_pages
 from dsjax.losses import Batch
 from dsjax.run import BatchShape, LearningRate, Optim, Run, StandardLibrary
 from dsjax.train_step import init_state, make_train_step, state_shardings
@@ -27,14 +28,13 @@ experts = Moe(
     router=SigmoidRouter(num_groups=4, kept_groups=2, scale=2.5),
 )
 dense = Block(attention=attention, ffn=Dense(intermediate_size=512))
+sparse = Block(attention=attention, ffn=experts)
 run = Run(
     model=Model(
         vocab_size=512,
         hidden_size=256,
-        layers=(
-            LayerGroup(repeat=1, pattern=(dense,)),
-            LayerGroup(repeat=3, pattern=(Block(attention=attention, ffn=experts),)),
-        ),
+        # As configs/tiny.py lays out a model of few layers on CPU.
+        layers=(LayerGroup(repeat=1, pattern=(dense, sparse, sparse, sparse)),),
         initializer_std=0.02,
     ),
     data=StandardLibrary(),
@@ -48,6 +48,7 @@ run = Run(
 
 
 def main() -> None:
+    keep_freed_pages()
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     jax.set_mesh(mesh)
     tokens = np.random.default_rng(0).integers(0, 512, (1, 4, 128), np.int32)

@@ -38,14 +38,14 @@ def training_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.M
         empty = config.size - len(x_RT)
         return np.pad(x_RT, ((0, empty), (0, 0))).reshape(-1, micro, config.length)
 
-    where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "batch", "length"))
+    where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "batch", "length", mesh=mesh))
     return Batch(*(jax.device_put(in_micros(x), where) for x in _arrays(rows)))
 
 
 def evaluation_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.Mesh) -> Batch:
     """At most a micro-batch of rows as [b, T] on the mesh; rows that are missing are padding."""
     missing = config.micro_size - len(rows)
-    where = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length"))
+    where = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length", mesh=mesh))
     padded = (np.pad(x, ((0, missing), (0, 0))) for x in _arrays(rows))
     return Batch(*(jax.device_put(x, where) for x in padded))
 

@@ -18,11 +18,6 @@ from dsjax.model import Transformer
 from dsjax.nn.masks import Places
 
 
-def init_cache(model: Transformer, batch: int, num_slots: int) -> tuple:
-    """An empty cache for `batch` rows of up to `num_slots` tokens: C + R numbers each and layer."""
-    return model.init_caches(batch, num_slots)
-
-
 @functools.partial(jax.jit, donate_argnames="cache")
 def prefill(
     model: Transformer,
@@ -133,7 +128,7 @@ def _stream(model, prompt, max_new_tokens, pick, key, eos_ids) -> Iterator[int]:
     batch = int(np.prod([sharding.axis_size(axis) for axis in sharding.BATCH_AXES]))
     padded = np.zeros((batch, _power_of_two(prompt.size)), np.int32)
     padded[:, : prompt.size] = prompt
-    cache = init_cache(model, batch, _power_of_two(prompt.size + max_new_tokens))
+    cache = model.init_caches(batch, _power_of_two(prompt.size + max_new_tokens))
     lengths_B = _rows(np.full(batch, prompt.size, np.int32))
     logits_BV, cache = prefill(model, _rows(padded), lengths_B, cache)
     for position in range(prompt.size, prompt.size + max_new_tokens):

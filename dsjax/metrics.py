@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dsjax import config
-
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -53,30 +51,18 @@ def read(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
 
 
-def _moe_stacks(model: config.Model) -> list[config.Moe]:
-    """The MoE specs in the order of a step's loads: each place in a group's pattern, then MTP."""
-    pattern = [block for group in model.layers for block in group.pattern]
-    return [block.ffn for block in (*pattern, *model.mtp) if isinstance(block.ffn, config.Moe)]
-
-
-def load_statistics(loads: Sequence[np.ndarray], model: config.Model, tokens: float) -> dict:
+def load_statistics(loads: Sequence[np.ndarray]) -> dict:
     """What a step's expert loads say, a list entry per MoE layer; {} for a dense model.
 
     `load_max_over_mean`: 1 is even. `load_entropy`: in units of ln E, 1 is even.
-    `dropped_tokens`: the token-expert pairs of `tokens` tokens that no expert counted.
     """
-    max_over_mean, entropy, dropped = [], [], 0.0
-    for stack, spec in zip(loads, _moe_stacks(model), strict=True):
+    max_over_mean, entropy = [], []
+    for stack in loads:
         for load_E in np.atleast_2d(np.asarray(stack, np.float64)):
             share_E = load_E / load_E.sum()
             used_E = share_E[share_E > 0]
             max_over_mean.append(float(share_E.max() * len(share_E)))
             entropy.append(float(-(used_E * np.log(used_E)).sum() / math.log(len(share_E))))
-            dropped += tokens * spec.num_chosen - float(load_E.sum())
     if not max_over_mean:
         return {}
-    return {
-        "load_max_over_mean": max_over_mean,
-        "load_entropy": entropy,
-        "dropped_tokens": dropped,
-    }
+    return {"load_max_over_mean": max_over_mean, "load_entropy": entropy}

@@ -197,7 +197,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything `train.py` needs. `precision`: "fp32" or "bf16" compute; weights stay FP32."""
+    """Everything `train.py` needs. `precision`: "fp32" or "bf16" compute; weights stay FP32.
+
+    `init_from`: a Hugging Face directory, one that `convert_weights.py` made, or another run, whose
+    weights this one begins with.
+    """
 
     model: Model
     data: StandardLibrary | Files
@@ -206,6 +210,7 @@ class Run:
     steps: int
     run_dir: str
     seed: int = 0
+    init_from: str | None = None
     precision: str = "bf16"
     remat: str = "full"
     log_every: int = 10

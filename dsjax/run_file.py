@@ -40,7 +40,7 @@ def load(path: str | Path, *overrides: str) -> Run:
 
 def to_json(run: Run) -> str:
     """`run` as JSON text: a component is an object tagged with its type, a tuple is an array."""
-    return json.dumps(_plain(run), indent=1) + "\n"
+    return json.dumps(plain(run), indent=1) + "\n"
 
 
 def from_json(text: str) -> Run:
@@ -49,27 +49,29 @@ def from_json(text: str) -> Run:
     A field absent from the text takes its default, so runs stored before the field existed stay
     readable. Raises ValueError for an unknown type or field, and for a value that does not fit.
     """
-    built = _component(json.loads(text), "run")
+    built = component(json.loads(text), "run")
     if not isinstance(built, Run):
         raise ValueError(f"the text describes {type_name(type(built))}, not a Run")
     return built
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """A component of a run as what JSON can hold; `component` gives it back."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if not dataclasses.is_dataclass(value):
         return value
     name = type(value).__name__
     if COMPONENTS.get(name) is not type(value):
         raise ValueError(f"{name} is no component of dsjax.config or dsjax.run; define it there")
-    fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {TAG: name, **fields}
 
 
-def _component(node: object, key: str) -> object:
+def component(node: object, key: str) -> object:
+    """The component that `plain` described; `key` is its name in errors."""
     if isinstance(node, list):
-        return tuple(_component(item, f"{key}.{index}") for index, item in enumerate(node))
+        return tuple(component(item, f"{key}.{index}") for index, item in enumerate(node))
     if not isinstance(node, dict):
         return node
     name = node.get(TAG)
@@ -90,7 +92,7 @@ def _component(node: object, key: str) -> object:
         )
     return COMPONENTS[name](
         **{
-            field: fit(_component(value, f"{key}.{field}"), fields[field].type, f"{key}.{field}")
+            field: fit(component(value, f"{key}.{field}"), fields[field].type, f"{key}.{field}")
             for field, value in given.items()
         }
     )

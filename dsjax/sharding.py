@@ -20,17 +20,17 @@ AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
 
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    None: None,
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
     # Activations.
     "batch": BATCH_AXES,
-    "length": "context",
+    "length": ("context",),
     # Weights: `embed` is the one that ZeRO-3 cuts; the others stay cut while computing.
-    "embed": "fsdp",
-    "heads": "tensor",
-    "ffn": "tensor",
-    "vocab": "tensor",
-    "experts": "expert",
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
 }
 GATHERED = "embed"
 
@@ -74,12 +74,21 @@ def active() -> bool:
 
 def axis_size(name: str) -> int:
     """Devices along mesh axis `name`; 1 without a mesh."""
-    return jax.sharding.get_abstract_mesh().shape[name] if active() else 1
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
-def spec(*axes: str | None) -> P:
-    """The PartitionSpec of an array whose dimensions are the logical `axes`."""
-    return P(*(RULES.get(axis) for axis in axes))
+def cut(*mesh_axes: str, mesh: jax.sharding.Mesh | None = None) -> tuple[str, ...]:
+    """Those of `mesh_axes` that have more than one device: along the others nothing is cut.
+
+    So a mesh of one device compiles to a program without a single collective.
+    """
+    shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
+    return tuple(name for name in mesh_axes if shape.get(name, 1) > 1)
+
+
+def spec(*axes: str | None, mesh: jax.sharding.Mesh | None = None) -> P:
+    """The PartitionSpec on `mesh` (default: the one set) of an array with the logical `axes`."""
+    return P(*(cut(*RULES.get(axis, ()), mesh=mesh) or None for axis in axes))
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -104,9 +113,15 @@ def varying(tree, *mesh_axes: str):
 
     Backward this is the sum over those axes: of a weight's gradient over the tokens' devices.
     """
-    if not active():
+    if not (mesh_axes := cut(*mesh_axes)):
         return tree
     return jax.tree.map(lambda x: jax.lax.pcast(x, mesh_axes, to="varying"), tree)
+
+
+def summed(x: jax.Array, *mesh_axes: str) -> jax.Array:
+    """Inside `local`: the sum over the devices along `mesh_axes`, which all of them get."""
+    mesh_axes = cut(*mesh_axes)
+    return jax.lax.psum(x, mesh_axes) if mesh_axes else x
 
 
 def is_variable(node) -> bool:
@@ -119,9 +134,9 @@ def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     return (None,) * missing + tuple(variable.axes)
 
 
-def stored_spec(variable: nnx.Variable) -> P:
+def stored_spec(variable: nnx.Variable, mesh: jax.sharding.Mesh | None = None) -> P:
     """Where a weight lives between its uses."""
-    return spec(*_axes(variable))
+    return spec(*_axes(variable), mesh=mesh)
 
 
 def compute_spec(variable: nnx.Variable) -> P:
@@ -147,9 +162,9 @@ def shardings(module, mesh: jax.sharding.Mesh):
     """
 
     def one(path, variable: nnx.Variable):
-        partition = stored_spec(variable)
-        for size, mesh_axes in zip(variable.get_value().shape, partition, strict=True):
-            names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        partition = stored_spec(variable, mesh)
+        for size, names in zip(variable.get_value().shape, partition, strict=True):
+            names = (names,) if isinstance(names, str) else names or ()
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 raise ValueError(

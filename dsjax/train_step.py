@@ -40,12 +40,16 @@ class Totals(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What micro-batches add up to. `loads[i]`: tokens per expert of the i-th MoE stack."""
+    """What micro-batches add up to. `loads[i]`: tokens per expert of the i-th MoE stack.
+
+    `dropped`: pairs of token and expert that were routed but reached no expert, over all layers.
+    """
 
     nats: tuple[Float[Array, ""], ...]
     correct: tuple[Float[Array, ""], ...]
     balance: Float[Array, ""]
     loads: tuple[Float[Array, "*L E"], ...]
+    dropped: Float[Array, ""]
 
 
 def init_state(run: Run) -> TrainState:
@@ -90,7 +94,8 @@ def forward(
     moe = [stats for group in (*main.stats, mtp_stats) for stats in group if stats is not None]
     zero = jnp.zeros((), np.promote_types(main.hidden_BTD.dtype, jnp.float32))
     balance = sum((stats.balance_B.sum() for stats in moe), start=zero)
-    return nats, Sums(nats, correct, balance, tuple(stats.load_E for stats in moe))
+    dropped = sum((stats.dropped.sum() for stats in moe), start=jnp.float32(0))
+    return nats, Sums(nats, correct, balance, tuple(stats.load_E for stats in moe), dropped)
 
 
 def _accumulated(function: Callable[[Batch], tuple], batch: Batch, used: Int[Array, ""]) -> tuple:
@@ -162,6 +167,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], t
             "learning_rate": rate(state.step),
             "tokens": totals.tokens,
             "loads": sums.loads,
+            "dropped_tokens": sums.dropped,
         }
         for depth in range(1, depths + 1):
             total = jnp.maximum(totals.targets[depth], 1)

@@ -16,6 +16,16 @@ import golden
 # that tests start inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+# Tests, the processes they start, and the next run of the suite compile many programs alike.
+CACHE = {
+    "jax_compilation_cache_dir": str(Path(__file__).parents[1] / ".pytest_cache" / "xla"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+for setting, value in CACHE.items():
+    os.environ[setting.upper()] = str(value)
+    jax.config.update(setting, value)
+
 # Before any array exists. The suite is about values on 8 CPU devices also where there is a GPU;
 # JAX_PLATFORMS, which jax reads itself, says otherwise.
 if not jax.config.jax_platforms:

@@ -15,7 +15,7 @@ import pytest
 import golden
 import weights
 from dsjax import from_pretrained, hf, sharding
-from dsjax.generate import decode, generate, init_cache, prefill, sample
+from dsjax.generate import decode, generate, prefill, sample
 from dsjax.model import Transformer
 from dsjax.nn import masks
 from dsjax.nn.mla import MlaAttention
@@ -52,7 +52,7 @@ def test_prefill_and_decode_are_the_forward_pass(name: str, precision: str):
         expected = np.asarray(forward(model, tokens_BT))
         first = np.array([3, 7])
         padded = jnp.where(jnp.arange(8)[None] < first[:, None], tokens_BT[:, :8], 5)
-        logits, cache = prefill(model, padded, int32(*first), init_cache(model, 2, 16))
+        logits, cache = prefill(model, padded, int32(*first), model.init_caches(2, 16))
         for step in range(length - max(first) + 1):
             at = first + step
             wanted = expected[[0, 1], at - 1]
@@ -87,7 +87,7 @@ def test_absorbed_is_expanded(name: str, seed: int):
 def test_the_cache_is_c_plus_r_numbers_per_token_and_layer(name: str):
     model = tiny(name)
     spec = model.config.blocks[0].attention
-    _, cache = prefill(model, jnp.ones((2, 8), jnp.int32), int32(8, 8), init_cache(model, 2, 32))
+    _, cache = prefill(model, jnp.ones((2, 8), jnp.int32), int32(8, 8), model.init_caches(2, 32))
     size = sum(x.size for x in jax.tree.leaves(cache))
     per_token = spec.kv_lora_rank + spec.qk_rope_head_dim
     assert size == model.config.num_layers * 2 * 32 * per_token

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from dsjax import batches, metrics
-from dsjax.config import Block, Dense, LayerGroup, Mla, Model, Moe, SoftmaxRouter
+from dsjax.config import Mla
 from dsjax.data import Row
 from dsjax.guard import LossGuard
-from dsjax.run import BatchShape, Guard
+from dsjax.model import REMAT
+from dsjax.run import PRECISIONS, REMATS, BatchShape, Guard
+from dsjax.train_step import COMPUTE_DTYPES
 
 ATTENTION = Mla(
     num_heads=1,
@@ -45,25 +47,16 @@ def test_reopened_log_forgets_the_steps_that_run_again(tmp_path):
 
 
 def test_load_statistics_by_hand():
-    moe = Moe(
-        num_experts=4, num_chosen=2, num_shared=0, intermediate_size=2, router=SoftmaxRouter()
-    )
-    sparse = Block(attention=ATTENTION, ffn=moe)
-    dense = Block(attention=ATTENTION, ffn=Dense(intermediate_size=2))
-    layers = (
-        LayerGroup(repeat=1, pattern=(dense,)),
-        LayerGroup(repeat=2, pattern=(sparse,)),
-    )
-    model = Model(vocab_size=8, hidden_size=4, layers=layers, mtp=(sparse,))
     stack = np.array([[5.0, 5.0, 5.0, 5.0], [10.0, 10.0, 0.0, 0.0]])
-    got = metrics.load_statistics([stack, np.array([17.0, 1.0, 1.0, 0.0])], model, tokens=10.0)
+    got = metrics.load_statistics([stack, np.array([17.0, 1.0, 1.0, 0.0])])
     assert got["load_max_over_mean"] == pytest.approx([1.0, 2.0, 4 * 17 / 19])
     assert got["load_entropy"][:2] == pytest.approx([1.0, math.log(2) / math.log(4)])
-    assert got["dropped_tokens"] == 1.0, "the last layer counted 19 of 20 pairs"
-    assert (
-        metrics.load_statistics([], Model(vocab_size=8, hidden_size=4, layers=layers[:1]), 1.0)
-        == {}
-    )
+    assert metrics.load_statistics([]) == {}
+
+
+def test_every_precision_and_remat_of_a_run_has_its_meaning():
+    assert set(PRECISIONS) == set(COMPUTE_DTYPES)
+    assert set(REMATS) == set(REMAT)
 
 
 def test_guard_stops_on_what_is_not_finite_and_on_spikes():

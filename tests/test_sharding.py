@@ -1,6 +1,7 @@
 """One device and eight virtual ones compute the same: loss, gradients, and the next state."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def stepped(run: Run, mesh: jax.sharding.Mesh | None):
         return drawn.leaves(compiled(state, batch, used))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(run, mesh))
-        rows = jax.NamedSharding(mesh, jax.P(None, *sharding.spec("batch", "length")))
+        rows = jax.NamedSharding(mesh, sharding.spec(None, "batch", "length"))
         batch = jax.device_put(batch, jax.tree.map(lambda _: rows, batch))
         used = jax.device_put(used, jax.NamedSharding(mesh, jax.P()))
         compiled = step.lower(state, batch, used).compile(drawn.FAST_COMPILE)
@@ -118,8 +119,22 @@ def test_weights_are_stored_cut_and_computed_gathered():
     model = abstract(drawn.model())
     weight = model.layers[0].blocks[0].ffn.experts.gate_up_proj
     assert weight.get_value().shape == (2, 8, 16, 2, 8)
-    assert sharding.stored_spec(weight) == jax.P(None, "expert", "fsdp", None, "tensor")
-    assert sharding.compute_spec(weight) == jax.P(None, "expert", None, None, "tensor")
+    with jax.set_mesh(sharding.make_mesh(expert=2, fsdp=2, tensor=2)):
+        assert sharding.stored_spec(weight) == jax.P(None, "expert", "fsdp", None, "tensor")
+        assert sharding.compute_spec(weight) == jax.P(None, "expert", None, None, "tensor")
+    with jax.set_mesh(sharding.make_mesh(fsdp=8)):
+        assert sharding.stored_spec(weight) == jax.P(None, None, "fsdp", None, None)
+
+
+def test_one_device_needs_no_collective():
+    run = v3_run(drawn.model(repeat=1))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        step = make_train_step(run)
+        lowered = step.lower(drawn.state(run, SEED), drawn.batch(1, micros=1), jnp.int32(1))
+    text = lowered.as_text()
+    assert "dot_general" in text
+    assert not re.search("all_reduce|all_gather|reduce_scatter|all_to_all|collective_permute", text)
 
 
 def test_helpers_do_nothing_without_a_mesh():

@@ -45,11 +45,12 @@ def dispatch(
     *,
     first_expert: int | Int[Array, ""],
     num_experts: int,
-) -> Float[Array, "M D"]:
+) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
     """sum_k weight_k * expert_k(x), over the experts [first_expert, first_expert + num_experts).
 
     `experts(rows, sizes)` gets the chosen rows sorted by expert and each expert's row count. Rows
-    for experts that live elsewhere are sorted behind and come back as zeros.
+    for experts that live elsewhere are sorted behind and come back as zeros. The second result is
+    the number of rows that the experts were given.
     """
     num_chosen = choice_MK.shape[1]
     local = (choice_MK - first_expert).reshape(-1)
@@ -61,4 +62,5 @@ def dispatch(
     )
     rows = _copies(x_MD, order, inverse, num_chosen)
     out_MKD = _permuted(experts(rows, sizes_E), inverse, order).reshape(*choice_MK.shape, -1)
-    return jnp.einsum("MKD,MK->MD", out_MKD, weight_MK.astype(x_MD.dtype))
+    y_MD = jnp.einsum("MKD,MK->MD", out_MKD, weight_MK.astype(x_MD.dtype))
+    return y_MD, sizes_E.sum(dtype=jnp.int32)

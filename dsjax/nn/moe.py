@@ -1,5 +1,6 @@
 """Mixture of experts: router, routed experts across the mesh, shared experts."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -20,10 +21,14 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class MoeStats(NamedTuple):
-    """`load_E`: tokens of the batch per expert. `balance_B`: sequence-wise loss of each row."""
+    """`load_E`: tokens of the batch per expert. `balance_B`: sequence-wise loss of each row.
+
+    `dropped`: pairs of token and chosen expert that no expert was given, padding included.
+    """
 
     load_E: Float[Array, " E"]
     balance_B: Float[Array, " B"]
+    dropped: Float[Array, ""]
 
 
 class Experts(nnx.Module):
@@ -69,7 +74,7 @@ class MoeFfn(nnx.Module):
         routed = sharding.local(
             _routed,
             in_specs=(P(), weights, tokens, sharding.spec("batch", "length")),
-            out_specs=(tokens, MoeStats(P(), sharding.spec("batch"))),
+            out_specs=(tokens, MoeStats(P(), sharding.spec("batch"), P())),
         )
         y_BTD, stats = routed(self.router, self.experts, x_BTD, counted_BT)
         if self.shared is not None:
@@ -91,8 +96,8 @@ def _routed(router, experts: Experts, x_BTD, counted_BT):
     rows = _gathered(rows)
     experts = sharding.varying(experts, "data", "fsdp", "context")
     num_local = experts.down_proj.shape[0]
-    first = jax.lax.axis_index("expert") * num_local if sharding.active() else 0
-    y_MD = dispatch(*rows, experts, first_expert=first, num_experts=num_local)
+    first = jax.lax.axis_index("expert") * num_local if sharding.cut("expert") else 0
+    y_MD, given = dispatch(*rows, experts, first_expert=first, num_experts=num_local)
     y_BTD = in_rows(_returned(y_MD))
 
     num_experts = routing.share_ME.shape[-1]
@@ -101,25 +106,29 @@ def _routed(router, experts: Experts, x_BTD, counted_BT):
         in_rows(routing.share_ME),
         in_rows(routing.wanted_MK),
         counted_BT,
-        lambda x: _summed(x, "context"),
+        lambda x: sharding.summed(x, "context"),
     )
-    return y_BTD, MoeStats(_summed(load_BE.sum(0), sharding.TOKEN_AXES), balance_B)
+    load_E = sharding.summed(load_BE.sum(0), *sharding.TOKEN_AXES)
+    return y_BTD, MoeStats(load_E, balance_B, _dropped(routing.choice_MK, given))
+
+
+def _dropped(choice_MK, given):
+    """Pairs of all devices less what their experts were given; `tensor` holds each pair once."""
+    pairs = choice_MK.size * math.prod(map(sharding.axis_size, sharding.TOKEN_AXES))
+    handled = sharding.summed(given, *sharding.AXES) // sharding.axis_size("tensor")
+    return (pairs - handled).astype(jnp.float32)
 
 
 def _gathered(rows):
     """Each device sees the tokens of all devices along `expert`."""
-    if sharding.axis_size("expert") == 1:
+    if not sharding.cut("expert"):
         return rows
     return jax.tree.map(lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True), rows)
 
 
 def _returned(y_MD):
     """Partial sums over experts and over expert width, back to the device that owns the token."""
-    if not sharding.active():
+    y_MD = sharding.summed(y_MD, "tensor")
+    if not sharding.cut("expert"):
         return y_MD
-    y_MD = jax.lax.psum(y_MD, "tensor")
     return jax.lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True)
-
-
-def _summed(x, axes):
-    return jax.lax.psum(x, axes) if sharding.active() else x

@@ -8,6 +8,7 @@ from flax import nnx
 
 from dsjax import sharding
 from dsjax.config import Moe, SigmoidRouter, SoftmaxRouter
+from dsjax.nn import moe
 from dsjax.nn.dispatch import dispatch
 from dsjax.nn.moe import MoeFfn
 from tests.tolerance import TOLERANCE, rel_err
@@ -146,5 +147,19 @@ def test_slices_of_the_experts_add_up_to_the_layer(seed):
         return dispatch(x_MD, choice_MK, weight_MK, experts, first_expert=first, num_experts=count)
 
     expected = (np.asarray(weight_MK) * np.asarray(factor_E)[choice_MK]).sum(-1)[:, None] * x_MD
-    assert rel_err(part(0, 6), expected) < TOLERANCE["f32"]
-    assert rel_err(part(0, 2) + part(2, 3) + part(5, 1), expected) < TOLERANCE["f32"]
+    whole, given = part(0, 6)
+    assert rel_err(whole, expected) < TOLERANCE["f32"] and given == 14
+    parts, counts = zip(part(0, 2), part(2, 3), part(5, 1), strict=True)
+    assert rel_err(sum(parts), expected) < TOLERANCE["f32"] and sum(counts) == 14
+
+
+def test_pairs_that_reach_no_expert_are_counted(monkeypatch):
+    def lossy(x_MD, choice_MK, *rest, **named):
+        return dispatch(x_MD, choice_MK.at[:, -1].set(E), *rest, **named)
+
+    with jax.enable_x64(True):
+        module, x_BTD = layer(SoftmaxRouter(), 0)
+        counted_BT = jnp.ones((B, T), bool)
+        assert module(x_BTD, counted_BT)[1].dropped == 0
+        monkeypatch.setattr(moe, "dispatch", lossy)
+        assert module(x_BTD, counted_BT)[1].dropped == B * T

@@ -80,19 +80,24 @@ def shared_name(name: str) -> str:
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One float64 tensor; depends on the seed and its own name, never on the order of drawing.
+    """One tensor; depends on the seed and its own name, never on the order of drawing.
 
+    Float64 of values that float32 holds too: a float32 model has these weights and no others.
     Scales keep a tiny random model expressive: unit activations, router scores spread over
     their whole range, and a selection bias about as large as the scores it competes with.
     """
     rng = np.random.default_rng([seed, zlib.crc32(shared_name(name).encode())])
+    return _drawn(rng, name, shape).astype(np.float32).astype(np.float64)
+
+
+def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("e_score_correction_bias"):
         return rng.normal(-0.3, 0.25, shape)
     if len(shape) == 1:
         return rng.uniform(0.5, 1.5, shape)
     if name.endswith("embed_tokens.weight"):
         return rng.normal(0.0, 1.0, shape)
-    gain = 1.5 if ".gate.weight" in name or ".q_" in name else 1.0
+    gain = 1.5 if ".gate.weight" in name else 1.0
     return rng.normal(0.0, gain / math.sqrt(shape[1]), shape)
 
 
