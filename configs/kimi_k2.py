@@ -4,7 +4,8 @@
 
 DIR is a folder of documents with a `tokenizer.json`; the batch is cut for 1,024 devices or a
 divisor. Moonshot trained with MuonClip on 15.5T tokens, in batches of 67M. The schedule is theirs
-(constant for 10T tokens, then a cosine); the optimizer is AdamW, because MuonClip is not here.
+(report 2.5: 500 steps of warm-up, constant for 10T tokens, cosine to a tenth); the optimizer is
+AdamW, because MuonClip is not here.
 """
 
 from dsjax.config import Block, Dense, LayerGroup, Mla, Model, Moe, Rope, SigmoidRouter, Yarn

@@ -12,11 +12,16 @@ import orbax.checkpoint as ocp
 
 from dsjax import model as models
 from dsjax import sharding
+from dsjax.hf import names
 from dsjax.run import Checkpoint, Run
 from dsjax.run_file import from_json
 from dsjax.train_step import TrainState
 
 RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
+# Weights above this size are stored in pieces of at most this size, so that whoever wants a part,
+# such as an export of one expert, does not have to read it all.
+PIECE_BYTES = 64 * 2**20
 
 
 class Restored(NamedTuple):
@@ -49,12 +54,24 @@ def _unnamed(tree: Any, named: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in _named(tree)])
 
 
+def _pieces(weights: dict[str, Any], model: models.Transformer) -> dict[str, ocp.SaveArgs]:
+    """How each weight is cut: one layer, or one expert of one, is a piece or several."""
+    sources = names.sources(model, model.config)
+    return {
+        name: ocp.SaveArgs(
+            chunk_byte_size=PIECE_BYTES,
+            shard_axes=names.leading_axes(sources[name]) if weight.nbytes > PIECE_BYTES else (),
+        )
+        for name, weight in weights.items()
+    }
+
+
 class Checkpoints:
     """The checkpoints of `run_dir`. `save` returns once the arrays are copied to host memory."""
 
     def __init__(self, run_dir: str | Path, config: Checkpoint):
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=False)
-        directory = Path(run_dir).resolve() / "checkpoints"
+        directory = Path(run_dir).resolve() / CHECKPOINTS
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._manager = ocp.CheckpointManager(directory, options=options)
@@ -67,10 +84,11 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, progress: dict) -> None:
         """Saves the state after `step` steps; an older unfinished save is waited for first."""
         optimizer = _named({"step": state.step, "opt_state": state.opt_state})
+        weights = _named(state.model)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                model=ocp.args.StandardSave(_named(state.model)),
+                model=ocp.args.StandardSave(weights, save_args=_pieces(weights, state.model)),
                 optimizer=ocp.args.StandardSave(optimizer),
                 progress=ocp.args.JsonSave(progress),
             ),
@@ -92,19 +110,27 @@ class Checkpoints:
         model = _unnamed(state.model, saved.model)
         return Restored(TrainState(rest["step"], model, rest["opt_state"]), saved.progress)
 
-    def restore_model(self, step: int, run: Run, mesh: jax.sharding.Mesh) -> models.Transformer:
-        """Only the weights of step `step`."""
-        model = models.abstract(run.model)
-        target = _abstract(model, sharding.shardings(model, mesh))
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target))
-        )
-        return _unnamed(model, saved.model)
-
     def close(self) -> None:
         """Waits for the save in flight."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def latest_model(run_dir: str | Path) -> tuple[Run, Path]:
+    """The run in `run_dir` and the folder of its newest weights. ValueError if there are none."""
+    run_file = Path(run_dir) / RUN_FILE
+    if not run_file.is_file():
+        raise ValueError(f"{run_dir} is no training run: it has no {RUN_FILE}")
+    run = from_json(run_file.read_text())
+    step = None
+    # Who only reads makes no folder.
+    if (Path(run_dir) / CHECKPOINTS).is_dir():
+        checkpoints = Checkpoints(run_dir, run.checkpoint)
+        step = checkpoints.latest_step
+        checkpoints.close()
+    if step is None:
+        raise ValueError(f"{run_dir} has no complete checkpoint yet; train until one is saved")
+    return run, checkpoints.directory / str(step) / "model"
 
 
 def restore_model(
@@ -115,15 +141,9 @@ def restore_model(
     `mesh=None` restores onto a mesh of the first device; call the model with a mesh set
     (`jax.set_mesh`). ValueError if there is no run or no checkpoint yet.
     """
-    run_file = Path(run_dir) / RUN_FILE
-    if not run_file.is_file():
-        raise ValueError(f"{run_dir} is no training run: it has no {RUN_FILE}")
-    run = from_json(run_file.read_text())
-    checkpoints = Checkpoints(run_dir, run.checkpoint)
-    step = checkpoints.latest_step
-    if step is None:
-        raise ValueError(f"{run_dir} has no complete checkpoint yet; train until one is saved")
+    run, directory = latest_model(run_dir)
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    model = checkpoints.restore_model(step, run, mesh)
-    checkpoints.close()
-    return model, run
+    model = models.abstract(run.model)
+    target = _abstract(model, sharding.shardings(model, mesh))
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _unnamed(model, checkpointer.restore(directory, target)), run

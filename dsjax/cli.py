@@ -1,7 +1,8 @@
 """The command `dsjax`: `dsjax generate PATH --prompt TEXT` continues a text.
 
-PATH is a training run (it has a run.json) or a Hugging Face directory (config.json, safetensors,
-tokenizer.json). What the user can mend is told in one line, with exit code 2.
+PATH is a training run (it has a run.json), a Hugging Face directory (config.json, safetensors,
+tokenizer.json), or what `convert_weights.py import` made of one. What the user can mend is told in
+one line, with exit code 2.
 """
 
 import argparse
@@ -12,6 +13,8 @@ from pathlib import Path
 import jax
 
 from dsjax import hf, sharding
+from dsjax.convert.arrays import HUB
+from dsjax.convert.opened import is_converted
 from dsjax.data import Bytes, HuggingFace, load_tokenizer
 from dsjax.hf.files import read_json
 from dsjax.model import Transformer
@@ -34,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="continue a text", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    generate.add_argument("path", type=Path, help="training run or Hugging Face directory")
+    generate.add_argument(
+        "path", type=Path, help="training run, Hugging Face directory or import of one"
+    )
     generate.add_argument("--prompt", required=True, help="the text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many")
     generate.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")
@@ -87,15 +92,16 @@ def _from_run(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
 
 
 def _from_hub(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
-    """A Hugging Face directory; generation_config.json knows best where a text ends."""
+    """A published checkpoint; generation_config.json knows best where a text ends."""
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a training run or a Hugging Face directory")
-    tokenizer = load_tokenizer(path)
+    folder = path / HUB if is_converted(path) else path
+    tokenizer = load_tokenizer(folder)
     model = hf.from_pretrained(path, mesh=mesh)
     stated = None
     for name in ("generation_config.json", "config.json"):
-        if stated is None and (path / name).is_file():
-            stated = read_json(path / name).get("eos_token_id")
+        if stated is None and (folder / name).is_file():
+            stated = read_json(folder / name).get("eos_token_id")
     stated = tokenizer.eos_id if stated is None else stated
     eos_ids = set(stated) if isinstance(stated, list) else {stated}
     return model, tokenizer, eos_ids - {None}

@@ -105,6 +105,7 @@ class Moe:
 
     def __post_init__(self):
         _positive(self, "num_experts", "num_chosen", "intermediate_size")
+        _positive(self.router, "num_groups")
         groups, kept = self.router.num_groups, self.router.kept_groups
         if self.num_experts % groups:
             raise ValueError(

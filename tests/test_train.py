@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import convert_weights
+
 ROOT = Path(__file__).parents[1]
 MICRO = "tests/micro_run.py"
 
@@ -262,3 +264,41 @@ def test_help_lists_every_key():
     )
     for key in ("steps", "run_dir", "precision", "checkpoint.every", "mesh.context"):
         assert key in done.stdout
+
+
+STARTED = """
+import json, sys
+import train
+from dsjax.run_file import load
+
+run = load(*sys.argv[1:])
+setup = train.set_up(run)
+print(json.dumps(train.Evaluator(run, setup.data, setup.mesh)(setup.state.model)))
+train.train(run, setup)
+"""
+
+
+def test_an_exported_run_continues_from_its_import(undisturbed, compiled, tmp_path):
+    """`init_from` begins with the very held-out loss that the run ended with, and goes on."""
+    imported = tmp_path / "imported"
+    for command_line in (
+        ["export", undisturbed, tmp_path / "hub"],
+        ["import", tmp_path / "hub", imported],
+    ):
+        assert convert_weights.main([str(part) for part in command_line]) == 0
+    arguments = [f"run_dir={tmp_path / 'run'}", f"init_from={imported}"]
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, MICRO, *arguments],
+        cwd=ROOT,
+        env=environment(compiled) | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = lines(undisturbed), lines(tmp_path / "run")
+    first = json.loads(done.stdout.splitlines()[0])
+    assert first["held_out_loss"] == before[-1]["held_out_loss"]
+    assert f"from {imported}" in done.stdout
+    assert after[0]["loss"] < before[0]["loss"] - 0.5
+    assert after[-1]["held_out_loss"] < before[-1]["held_out_loss"]

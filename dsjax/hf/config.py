@@ -4,6 +4,7 @@ Nothing is guessed. A field this file does not know, or a value the model cannot
 with the field's name, because a model that almost fits its config runs and is silently wrong.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,31 @@ YARN_FIELDS = {
     *("beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim"),
     "original_max_position_embeddings",
 }
+# Far more than any published model has: a file that says more would fill the memory with names.
+MOST = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}
+MOST_EXPERTS = 1_000_000
+# Block FP8, field by field: the values that are read.
+QUANTIZATION: dict[str, list[Any]] = {
+    "activation_scheme": ["dynamic"],
+    "fmt": ["e4m3"],
+    "quant_method": ["fp8"],
+    "scale_fmt": [None, "float", "ue8m0"],
+    "weight_block_size": [[128, 128]],
+}
+# Which modules are left alone is said by the tensors themselves.
+QUANTIZATION_IDLE = {"dequantize", "modules_to_not_convert"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Block FP8 (`dsjax.hf.fp8`); `ue8m0`: its scales are powers of two."""
+
+    ue8m0: bool = False
+
+    def published(self) -> dict[str, Any]:
+        """The `quantization_config` that says so."""
+        fields = {name: values[0] for name, values in QUANTIZATION.items() if values[0] is not None}
+        return fields | ({"scale_fmt": "ue8m0"} if self.ue8m0 else {})
 
 
 def model_config(published: Mapping[str, Any]) -> config.Model:
@@ -69,12 +95,7 @@ def model_config(published: Mapping[str, Any]) -> config.Model:
     for name, (needed, why) in FIXED.items():
         if name in fields and fields[name] != needed:
             raise _refusal(name, fields[name], f"it must be {needed!r}: {why}")
-    if fields.get("quantization_config") is not None:
-        raise _refusal(
-            "quantization_config",
-            fields["quantization_config"],
-            "weights must be BF16, FP16 or FP32; convert the checkpoint to BF16 and drop the field",
-        )
+    quantization(fields)
     _one_of(fields, "model_type", ARCHITECTURES)
     architecture = ARCHITECTURES[fields["model_type"]]
     if fields.get("architectures", [architecture]) != [architecture]:
@@ -92,6 +113,10 @@ def model_config(published: Mapping[str, Any]) -> config.Model:
         (moe := config.Block(attention=attention, ffn=_moe(fields))): num_layers - num_dense,
     }
     depth = _int(fields, "num_nextn_predict_layers", 0)
+    experts = _int(fields, "n_routed_experts")
+    if (num_layers + depth) * experts > MOST_EXPERTS:
+        rule = f"with {num_layers + depth} layers it must be at most {MOST_EXPERTS} in all"
+        raise _refusal("n_routed_experts", experts, rule)
     if depth and fields["model_type"] == "deepseek_v2":
         raise _refusal("num_nextn_predict_layers", depth, "V2 has no multi-token prediction")
     return config.Model(
@@ -106,6 +131,26 @@ def model_config(published: Mapping[str, Any]) -> config.Model:
         rms_norm_eps=_float(fields, "rms_norm_eps"),
         max_position_embeddings=_int(fields, "max_position_embeddings"),
     )
+
+
+def quantization(published: Mapping[str, Any]) -> Quantization | None:
+    """How the weights are quantized, by `quantization_config`; None if they are not.
+
+    ValueError for any other way than block FP8 as DeepSeek publishes it.
+    """
+    found = published.get("quantization_config")
+    if found is None:
+        return None
+    if not isinstance(found, Mapping):
+        raise _refusal("quantization_config", found, "it must be an object of fields")
+    for name, value in found.items():
+        allowed = QUANTIZATION.get(name)
+        if name not in QUANTIZATION_IDLE and (allowed is None or value not in allowed):
+            rule = "this field is unknown here" if allowed is None else f"supported: {allowed}"
+            raise _refusal(f"quantization_config.{name}", value, rule)
+    for name in ("quant_method", "weight_block_size"):
+        _needed(found, name)
+    return Quantization(ue8m0=found.get("scale_fmt") == "ue8m0")
 
 
 def _attention(fields: dict) -> config.Mla:
@@ -137,24 +182,26 @@ def _rope(fields: dict) -> config.Rope:
     if len(given) == 2:
         raise _refusal("rope_scaling", fields["rope_scaling"], "rope_parameters says it already")
     name = given[0] if given else "rope_scaling"
+    if given and not isinstance(fields[name], Mapping):
+        raise _refusal(name, fields[name], "it must be an object of fields")
     inside = dict(fields[name]) if given else {}
-    thetas = [d["rope_theta"] for d in (inside, fields) if d.get("rope_theta") is not None]
+    thetas = [_float(d, "rope_theta") for d in (inside, fields) if d.get("rope_theta") is not None]
     if not thetas or len(set(thetas)) > 1:
         raise _refusal("rope_theta", thetas or None, "there must be one base of the frequencies")
     inside.pop("rope_theta", None)
-    theta = _float({"rope_theta": thetas[0]}, "rope_theta")
 
     # Published files say `type`, later ones `rope_type`, transformers 5 sometimes both.
-    kinds = {inside.pop(key) for key in ("type", "rope_type") if key in inside} or {"default"}
-    if len(kinds) > 1 or not kinds <= {"default", "yarn"}:
+    said = [inside.pop(key) for key in ("type", "rope_type") if key in inside] or ["default"]
+    kind = said[0]
+    if kind not in ["default", "yarn"] or any(other != kind for other in said):
         rule = "the rope type must be 'yarn' or 'default'"
         raise _refusal(name, fields[name], rule)
-    allowed = YARN_FIELDS if kinds == {"yarn"} else set()
+    allowed = YARN_FIELDS if kind == "yarn" else set()
     for key, value in inside.items():
         if key not in allowed:
-            raise _refusal(f"{name}.{key}", value, f"unknown for rope type {kinds.pop()!r}")
+            raise _refusal(f"{name}.{key}", value, f"unknown for rope type {kind!r}")
     if not allowed:
-        return config.Rope(theta=theta)
+        return config.Rope(theta=thetas[0])
     yarn = config.Yarn(
         factor=_float(inside, "factor"),
         original_context=_int(inside, "original_max_position_embeddings"),
@@ -164,7 +211,7 @@ def _rope(fields: dict) -> config.Rope:
         mscale=_float(inside, "mscale", 1.0),
         mscale_all_dim=_float(inside, "mscale_all_dim", 0.0),
     )
-    return config.Rope(theta=theta, yarn=yarn)
+    return config.Rope(theta=thetas[0], yarn=yarn)
 
 
 def _moe(fields: dict) -> config.Moe:
@@ -210,7 +257,7 @@ def _renamed(published: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one_of(fields: dict, name: str, allowed: Any, default: Any = None) -> Any:
     value = fields.get(name, default)
-    if value not in allowed:
+    if value not in list(allowed):
         rule = f"supported here: {', '.join(map(repr, allowed))}"
         if name == "scoring_func" or name == "topk_method":
             rule = f"{rule} for model_type {fields['model_type']!r}"
@@ -228,6 +275,8 @@ def _int(fields: Mapping[str, Any], name: str, default: int | None = None) -> in
     value = _needed(fields, name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise _refusal(name, value, "it must be a whole number of at least 0")
+    if value > (most := MOST.get(name, 2**31 - 1)):
+        raise _refusal(name, value, f"it must be at most {most}")
     return value
 
 

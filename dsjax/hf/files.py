@@ -1,81 +1,87 @@
 """The tensors of a checkpoint directory, found and described now, read from disk when sliced."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-import safetensors
+from dsjax.hf import strict_json
+from dsjax.hf.fused import unfused
+from dsjax.hf.safetensors_file import Stored, read_header
+from dsjax.hf.tensors import Tensor, some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"BF16": jnp.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-
-
-class Stored:
-    """One tensor in a safetensors file; indexing reads that part and no more."""
-
-    def __init__(self, lazy: Any, dtype: np.dtype):
-        self._lazy = lazy
-        self.shape: tuple[int, ...] = tuple(lazy.get_shape())
-        self.dtype = dtype
-
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        return self._lazy[index]
-
-
-# What loading takes: stored tensors, or arrays already in memory.
-Tensor = Stored | np.ndarray
+# FP8 values carry their scales in tensors of their own: `dsjax.hf.fp8`.
+WEIGHTS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E8M0")
+# The largest published index has 15 MB.
+LONGEST_JSON = 100_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. ValueError naming the file if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > LONGEST_JSON:
+            raise ValueError(f"it has {size} bytes, more than {LONGEST_JSON}")
+        value = strict_json.parse(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a Hugging Face model directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object of fields")
     return value
 
 
-def open_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of the directory's safetensors files by name; no weight is read yet.
+def open_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of the directory's safetensors files by hub name; no weight is read yet.
 
+    FP8 values and their scales are tensors like any other; fused experts are seen one by one.
     ValueError names the file that is missing, damaged, outside the directory, or not as the index
-    says, and the tensor of a type that is none of BF16, FP16, FP32.
+    says, and the tensor of a type that weights do not come in.
     """
-    if (directory / INDEX).is_file():
-        listed = _listed(directory / INDEX)
-    elif (directory / SINGLE).is_file():
-        listed = {SINGLE: None}
-    else:
-        pickled = sorted(directory.glob("*.bin"))
-        why = f"pickled weights like {pickled[0].name} are not read; " if pickled else ""
-        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}; {why}use safetensors")
-    tensors: dict[str, Stored] = {}
-    for file, expected in listed.items():
-        found = _opened(directory / file)
-        if expected is not None and found.keys() != expected:
-            names = sorted(found.keys() ^ expected)
+    return unfused(opened(directory, listed(directory)))
+
+
+def opened(directory: Path, files: Mapping[str, set[str] | None]) -> dict[str, Stored]:
+    """The tensors of some of the directory's files; each has to hold those listed for it."""
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing:
+        others = f", and neither do {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"{directory / missing[0]} does not exist{others}; the checkpoint is not complete"
+        )
+    found = {file: _stored(directory / file) for file in files}
+    for file, expected in files.items():
+        if expected is not None and found[file].keys() != expected:
+            differing = sorted(found[file].keys() ^ expected)
             raise ValueError(
-                f"{directory / file} and {INDEX} disagree on {len(names)} tensors: {some(names)}"
+                f"{directory / file} and {INDEX} disagree on {len(differing)} tensors: "
+                f"{some(differing)}"
             )
-        tensors |= found
-    return tensors
+    return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
 
 
-def some(names: list[str]) -> str:
-    """The first few of a list that may be long."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _stored(path: Path) -> dict[str, Stored]:
+    entries = read_header(path)
+    for name, entry in entries.items():
+        if entry.kind not in WEIGHTS:
+            raise ValueError(f"{name} in {path} is {entry.kind}, expected {', '.join(WEIGHTS)}")
+    return {name: Stored(path, name, entry) for name, entry in entries.items()}
 
 
-def _listed(index: Path) -> Mapping[str, set[str]]:
-    """File to the tensors it must hold."""
+def listed(directory: Path) -> dict[str, set[str] | None]:
+    """The directory's safetensors files to the tensors that its index, if any, says they hold."""
+    if (directory / INDEX).is_file():
+        return dict(_of_index(directory / INDEX))
+    if (directory / SINGLE).is_file():
+        return {SINGLE: None}
+    pickled = sorted(directory.glob("*.bin"))
+    why = f"pickled weights like {pickled[0].name} are not read; " if pickled else ""
+    raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}; {why}use safetensors")
+
+
+def _of_index(index: Path) -> dict[str, set[str]]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{index} has no weight_map of tensor to file names")
@@ -86,24 +92,3 @@ def _listed(index: Path) -> Mapping[str, set[str]]:
             raise ValueError(f"{index} names {file!r}, which lies outside of its directory")
         files.setdefault(file, set()).add(name)
     return files
-
-
-def _opened(path: Path) -> dict[str, Stored]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; the checkpoint is not complete")
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-        lazy = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    return {name: Stored(tensor, _dtype(path, name, tensor)) for name, tensor in lazy.items()}
-
-
-def _dtype(path: Path, name: str, tensor: Any) -> np.dtype:
-    kind = tensor.get_dtype()
-    if kind not in DTYPES:
-        raise ValueError(
-            f"{name} in {path} is {kind}; weights must be BF16, FP16 or FP32: convert the "
-            "checkpoint to BF16 first"
-        )
-    return np.dtype(DTYPES[kind])

@@ -4,7 +4,6 @@ Every device gets its own slice, and only that slice is read, so memory stays at
 shards whatever the size of the checkpoint.
 """
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
@@ -18,38 +17,33 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dsjax import config, sharding
-from dsjax.hf import files, names
-from dsjax.hf.config import model_config
-from dsjax.hf.files import Tensor, some
+from dsjax.convert.opened import open_checkpoint
+from dsjax.hf import complete, fp8, names
 from dsjax.hf.names import Source
+from dsjax.hf.tensors import Tensor
 from dsjax.model import Transformer, abstract
 from dsjax.params import FullPrecision, RouterBias
-
-# Rows compared at a time between a tensor and its copy.
-COMPARED = 4096
 
 
 def from_pretrained(
     path: str | Path, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None
 ) -> Transformer:
-    """The model of a local Hugging Face directory (V2, V2-Lite, V3, R1, Kimi K2; safetensors).
+    """The model of a local Hugging Face directory (V2, V2-Lite, V3, R1, Kimi K2; safetensors), of
+    one that `convert_weights.py` made from it, or of a training run.
 
     Weights come in `dtype`, by default as they are on disk (the embedding's type), and lie sharded
-    over `mesh`, or on the default device. ValueError names the file, field or tensor at fault.
+    over `mesh`, or on the default device. FP8 weights are multiplied by their scales and rounded
+    once. ValueError names the file, field or tensor at fault.
     """
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise ValueError(
-            f"{str(path)!r} is no directory; download the model and give its local directory"
-        )
-    model = model_config(files.read_json(directory / "config.json"))
-    tensors = files.open_tensors(directory)
+    checkpoint = open_checkpoint(path)
+    tensors = checkpoint.tensors
     if dtype is None:
         embedding = names.OUTSIDE["embed"][0]
         if embedding not in tensors:
-            raise ValueError(f"{directory} lacks {embedding}; the checkpoint is not complete")
+            raise ValueError(f"{path} lacks {embedding}; the checkpoint is not complete")
         dtype = tensors[embedding].dtype
-    return load_weights(tensors, model, dtype=dtype, mesh=mesh)
+    tensors = fp8.dequantized(tensors, jnp.dtype(dtype))
+    return load_weights(tensors, checkpoint.model, dtype=dtype, mesh=mesh)
 
 
 def load_weights(
@@ -68,10 +62,17 @@ def load_weights(
     dtype = jnp.dtype(dtype)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
         raise ValueError("dtype float64 needs `jax.enable_x64(True)` around it")
-    model = _without_absent_mtp(tensors, model)
+    announced, model = len(model.mtp), complete.without_absent_mtp(tensors, model)
+    if len(model.mtp) < announced:
+        warnings.warn(
+            f"the config announces {announced} MTP layers but the checkpoint holds none "
+            f"(model.layers.{model.num_layers}.* is absent): loaded without multi-token prediction",
+            stacklevel=3,
+        )
     module = abstract(model)
-    sources = names.sources(module, model)
-    _check(tensors, module, sources, names.copies(model))
+    sources, copies = names.sources(module, model), names.copies(model)
+    complete.differences(tensors, complete.needed(model), copies).check()
+    complete.check_copies(tensors, copies)
     placed = None if mesh is None else dict(names.variables(sharding.shardings(module, mesh)))
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
@@ -124,65 +125,3 @@ def _read(
         piece = tensors[chosen[place]][tuple(cut)]
         slots[place] = rearrange(piece, f"{hub} -> {' '.join(single)}", **inner)[within]
     return out
-
-
-def _without_absent_mtp(tensors: Mapping[str, Tensor], model: config.Model) -> config.Model:
-    beyond = tuple(f"model.layers.{model.num_layers + k}." for k in range(len(model.mtp)))
-    if not beyond or any(name.startswith(beyond) for name in tensors):
-        return model
-    warnings.warn(
-        f"the config announces {len(beyond)} MTP layers but the checkpoint holds none "
-        f"({beyond[0]}* is absent): loaded without multi-token prediction",
-        stacklevel=4,
-    )
-    return dataclasses.replace(model, mtp=())
-
-
-def _check(
-    tensors: Mapping[str, Tensor],
-    module: Transformer,
-    sources: Mapping[str, Source],
-    copies: Mapping[str, str],
-) -> None:
-    """ValueError if names, shapes or copies are not as the model needs them."""
-    expected = {
-        name: sources[path].hub_shape(variable.shape)
-        for path, variable in names.variables(module)
-        for name in sources[path].names.flat
-    }
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {some(missing)}")
-    unexpected = [
-        name
-        for name in sorted(tensors.keys() - expected.keys() - copies.keys())
-        if not names.IGNORED.fullmatch(name)
-    ]
-    if unexpected:
-        raise ValueError(
-            f"the checkpoint has {len(unexpected)} tensors that its config.json has no place for: "
-            f"{some(unexpected)}"
-        )
-    expected |= {copy: expected[original] for copy, original in copies.items()}
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)}, not {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors have another shape than config.json says: {some(wrong)}"
-        )
-    for copy, original in copies.items():
-        if copy in tensors and not _equal(tensors[copy], tensors[original]):
-            raise ValueError(
-                f"{copy} differs from {original}; MTP shares embedding and head with the main "
-                "model, so they must be equal"
-            )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Compared a few rows at a time: these are the largest tensors there are."""
-    rows = one.shape[0]
-    parts = (slice(row, min(row + COMPARED, rows)) for row in range(0, rows, COMPARED))
-    return all(np.array_equal(one[part, slice(None)], other[part, slice(None)]) for part in parts)

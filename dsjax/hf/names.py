@@ -7,6 +7,7 @@ left to write a checkpoint. Axis letters are local to a row.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -98,6 +99,12 @@ def dotted(path: tuple) -> str:
 def sources(module, model: config.Model) -> dict[str, Source]:
     """The source of every weight of `module`, the (abstract) Transformer of `model`."""
     return {path: _source(path, model) for path, _ in variables(module)}
+
+
+def leading_axes(source: Source) -> tuple[int, ...]:
+    """The axes of a weight that stack layers and experts; they come before all others."""
+    leading = itertools.takewhile(lambda letter: letter in source.stacked, source.ours)
+    return tuple(range(len(list(leading))))
 
 
 def copies(model: config.Model) -> Mapping[str, str]:

@@ -1,0 +1,1 @@
+"""Whole checkpoints from one layout to another: streamed, resumable, complete or refused."""
