@@ -147,6 +147,12 @@ def recast_config(
     return {**fields, "quantization_config": scales}
 
 
+def has_ue8m0(config: Mapping[str, Any]) -> bool:
+    """Whether the scales that go with a config.json are powers of two."""
+    scales = quantization(config)
+    return scales is not None and scales.ue8m0
+
+
 def check_source(tensors: Mapping[str, Tensor], published: Mapping[str, Any]) -> None:
     """ValueError unless tensors and config.json describe the same complete checkpoint."""
     weights = {name: t for name, t in tensors.items() if not name.endswith(fp8.SCALE)}
@@ -182,7 +188,7 @@ def cast(
     tensors = files.open_tensors(source)
     check_source(tensors, published)
     config = recast_config(published, to, ue8m0=ue8m0)
-    result = recast(tensors, to, ue8m0=ue8m0)
+    result = recast(tensors, to, ue8m0=has_ue8m0(config))
     if all(result.get(name) is tensor for name, tensor in tensors.items()):
         raise ValueError(f"{source} is {to} already; there is nothing to cast")
     fp8.check_scales(tensors)

@@ -46,8 +46,8 @@ def export_checkpoint(
             "the checkpoint again"
         )
     if to is not None:
-        tensors = casting.recast(tensors, to, ue8m0=ue8m0)
         config = casting.recast_config(config, to, ue8m0=ue8m0)
+        tensors = casting.recast(tensors, to, ue8m0=casting.has_ue8m0(config))
     plan = {
         "command": "export",
         "dtype": to,

@@ -107,7 +107,7 @@ def plan(
     tensors: Mapping[str, Tensor] = stored
     if dtype is not None:
         published = casting.recast_config(published, dtype)
-        tensors = casting.recast(stored, dtype)
+        tensors = casting.recast(stored, dtype, ue8m0=casting.has_ue8m0(published))
     model = model_config(published)
     dtypes = arrays.array_dtypes(model, tensors)
     return Import(

@@ -229,3 +229,16 @@ def test_memory_is_that_of_pieces(fp8: Path):
     read.clear()
     scales = cast[name + "_scale_inv"][slice(2, 4), slice(0, 3)]
     assert scales.shape == (2, 3) and read == [[(256, 384), (0, 300)], [(384, 500), (0, 300)]]
+
+
+def test_what_is_not_fp8_yet_gets_scales_of_the_kind_that_are_there(tmp_path: Path):
+    """A checkpoint with scales that are powers of two, and one weight still in BF16."""
+    name = "model.layers.2.mlp.experts.1.down_proj.weight"
+    wide = published.bf16()
+    whole = published.fp8(wide, ue8m0=True)
+    mixed = {k: t for k, t in whole.items() if not k.startswith(name)} | {name: wide[name]}
+    config = published.CONFIG | {
+        "quantization_config": published.FP8 | {"scale_fmt": "ue8m0"},
+    }
+    published.write(tmp_path / "SRC", mixed, config)
+    published.same(run(tmp_path / "SRC", tmp_path / "DST", "--dtype", "fp8"), whole)
