@@ -12,6 +12,10 @@ TORCH := 2.13.0
 TRANSFORMERS := 5.23.0
 ORACLE_INSTALLED := $(ORACLE)/.installed-$(TORCH)-$(TRANSFORMERS)
 
+# Compilers for chips that are not here: some 6 GB, on x86-64 Linux only.
+AOT := .venv-aot
+AOT_INSTALLED := $(AOT)/.installed
+
 PYTHON ?=
 TORCH_INDEX ?=
 SEED ?=
@@ -20,7 +24,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv oracle train test parity lint bench notebook clean
+.PHONY: help venv oracle train test parity lint bench aot notebook clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -51,13 +55,17 @@ lint: $(INSTALLED) ## ruff: rules, then format
 bench: $(INSTALLED) $(ORACLE_INSTALLED) ## time a train step against transformers and torch
 	@$(PY) benchmarks/train_step.py $(ARGS)
 
+aot: $(AOT_INSTALLED) ## compile every kernel for H200 and TPUs, without one (6 GB, once)
+	@$(AOT)/bin/python tests/kernels/aot_gpu.py
+	@$(AOT)/bin/python tests/kernels/aot_tpu.py
+
 notebook: $(INSTALLED) ## run every notebook from top to bottom, saving nothing
 	@for notebook in notebooks/*.ipynb; do \
 	  $(PY) -c 'from nbclient.cli import main; main()' "$$notebook" || exit 1; \
 	done
 
-clean: ## remove both environments and every cache; runs/ stays
-	rm -rf $(VENV) $(ORACLE) .pytest_cache .ruff_cache .hypothesis build dist dsjax.egg-info
+clean: ## remove all environments and every cache; runs/ stays
+	rm -rf $(VENV) $(ORACLE) $(AOT) .pytest_cache .ruff_cache .hypothesis build dist dsjax.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -82,4 +90,14 @@ $(ORACLE_INSTALLED):
 	@$(ORACLE_PY) -m pip install --quiet torch==$(TORCH) \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@$(ORACLE_PY) -m pip install --quiet transformers==$(TRANSFORMERS) numpy safetensors
+	@touch $@
+
+$(AOT_INSTALLED): constraints.txt
+	@$(AOT)/bin/python -c 'import pip' 2>/dev/null || { \
+	  python=$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3) || exit 1; \
+	  echo "making $(AOT) with $$python"; \
+	  "$$python" -m venv --clear $(AOT); }
+	@echo "installing the compilers of jax[cuda13,tpu] (about 6 GB, once)"
+	@$(AOT)/bin/python -m pip install --quiet -c constraints.txt 'jax[cuda13,tpu]' flatbuffers \
+	  nvidia-cuda-nvdisasm
 	@touch $@

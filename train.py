@@ -1,27 +1,26 @@
 """Trains a DeepSeek model: python train.py configs/tiny.py [key=value ...]
 
 `set_up` makes mesh, data and state; `train` is the loop; `report` is what is left behind.
-The same command continues a run that was stopped, at the last checkpoint and bit for bit.
+The same command continues a run that was stopped, at the last checkpoint and bit for bit. On
+several machines it is started once on each (docs/launch.md); process 0 writes and prints.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsjax import batches, flops, metrics, sharding
-from dsjax.checkpoint import RUN_FILE, Checkpoints
-from dsjax.data import Dataset, Row, RowIterator, open_data
+from dsjax import batches, flops, metrics, processes, sharding
+from dsjax.checkpoint import Checkpoints
+from dsjax.data import Dataset, Row, RowIterator, merged, open_data
 from dsjax.guard import LossGuard
 from dsjax.host_memory import keep_freed_pages
 from dsjax.model import Transformer
@@ -29,7 +28,9 @@ from dsjax.overrides import help_text
 from dsjax.params import cast, count
 from dsjax.progress import StepProgress
 from dsjax.run import Run
-from dsjax.run_file import from_json, load, to_json
+from dsjax.run_file import load, to_json
+from dsjax.run_folder import RunFolder, replace_text
+from dsjax.trace import StepTrace
 from dsjax.train_step import (
     COMPUTE_DTYPES,
     TrainState,
@@ -40,44 +41,18 @@ from dsjax.train_step import (
     state_shardings,
 )
 
-USAGE = "usage: python train.py configs/NAME.py [key=value ...]"
-
-# What may differ between the command that began a run and the one that continues it.
-FREE_TO_CHANGE = (
-    "steps", "run_dir", "mesh", "remat", "log_every", "checkpoint", "evaluation", "guard", "sample",
-)  # fmt: skip
+USAGE = (
+    "usage: python train.py configs/NAME.py [key=value ...]\n"
+    "       python train.py configs/NAME.py topology=v5p:8x8x8 [key=value ...] --compile-only"
+)
 
 
 class Stopped(Exception):
-    """Training cannot go on; the message says why and what to do."""
+    """Training cannot go on, as all processes found; the message says why and what to do."""
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
-def claim_run_dir(run: Run) -> Path:
-    """Makes the run folder with its `run.json`, or checks that the run in it is this one."""
-    run_dir = Path(run.run_dir)
-    run_file = run_dir / RUN_FILE
-    if run_file.is_file() and any(run_dir.glob("checkpoints/[0-9]*")):
-        before = from_json(run_file.read_text())
-        names = [field.name for field in dataclasses.fields(Run)]
-        changed = [name for name in names if getattr(before, name) != getattr(run, name)]
-        fixed = [name for name in changed if name not in FREE_TO_CHANGE]
-        if "steps" in changed:
-            print(f"steps was {before.steps}, is {run.steps}: every schedule stretches with it")
-        if fixed:
-            raise ValueError(
-                f"{run_dir} holds a run with another {', '.join(fixed)}; continue it with the "
-                "values it began with, or choose another run_dir=..."
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_file, to_json(run))
-    return run_dir
+class Unreadable(Exception):
+    """Training cannot go on, as this process found: a document cannot be read."""
 
 
 class Evaluator:
@@ -108,26 +83,35 @@ def step_record(run: Run, step: int, values: dict, seconds: float, peak: float |
     """The metrics line of a finished step. MFU: flops_per_token * tokens / seconds / peak."""
     loads = values.pop("loads")
     record = {"step": step, **{name: float(value) for name, value in values.items()}}
-    record |= metrics.load_statistics(loads)
+    devices = math.prod(sharding.axis_size(axis) for axis in sharding.RULES["experts"])
+    record |= metrics.load_statistics(loads, devices=devices)
     rate = record["tokens"] / seconds
     per_token = flops.training_flops_per_token(run.model, run.batch.length)
     record |= {"step_seconds": seconds, "tokens_per_second": rate, "flops_per_token": per_token}
     return record if peak is None else record | {"mfu": per_token * rate / peak}
 
 
-def read(rows: RowIterator, run: Run, used: int) -> list[Row]:
-    """The rows of a step. Raises Stopped for a document that cannot be read."""
+def read(rows: RowIterator, run: Run, used: int, mesh: jax.sharding.Mesh) -> list[Row | None]:
+    """This process's rows of a step. Raises Unreadable for a document that cannot be read."""
     try:
-        return batches.take(rows, run.batch, used)
+        return batches.take(rows, run.batch, used, mesh)
     except (ValueError, OSError) as error:
-        raise Stopped(f"{error}\nMend the data; the same command continues then") from error
+        raise Unreadable(f"{error}\nMend the data; the same command continues then") from error
 
 
-def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Dataset) -> None:
+def stop(
+    folder: RunFolder, step: int, complaint: str, rows: Sequence[Row | None], data: Dataset
+) -> None:
     """Raises Stopped, after writing down which documents the batch came from."""
-    sources = batches.provenance(rows, data.locate)
-    file = run_dir / f"stopped_at_step_{step}.json"
-    replace_text(file, json.dumps({"step": step, "reason": complaint, "batch": sources}, indent=1))
+    found = processes.gathered(batches.provenance(rows, data.locate))
+    # Processes that share a row have both found it.
+    known = {json.dumps(source): source for sources in found for source in sources}
+    sources = sorted(known.values(), key=lambda source: source["row"])
+    file = folder.local / f"stopped_at_step_{step}.json"
+    if processes.is_first():
+        blame = {"step": step, "reason": complaint, "batch": sources}
+        replace_text(file, json.dumps(blame, indent=1))
+        folder.publish()
     shown = "\n".join(
         f"  row {s['row']}: {s['document']} tokens {s['tokens'][0]} to {s['tokens'][1]}"
         for s in sources[:8]
@@ -141,18 +125,12 @@ def stop(run_dir: Path, step: int, complaint: str, rows: Sequence[Row], data: Da
 
 
 def check_sizes(run: Run) -> None:
-    """ValueError if the batch does not divide over the mesh, or the sample does not fit."""
-    micro = run.batch.micro_size
-    shares = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
-    if micro % shares:
+    """ValueError if the batch does not divide over the mesh, or something does not fit."""
+    batches.check_fits(run.batch)
+    if run.dispatch == "ragged" and jax.default_backend() == "cpu":
         raise ValueError(
-            f"a micro-batch of {micro} sequences does not divide over mesh.data * mesh.fsdp * "
-            f"mesh.expert = {shares}; make batch.micro (or batch.size) a multiple of it"
-        )
-    if run.batch.length % sharding.axis_size("context"):
-        raise ValueError(
-            f"batch.length={run.batch.length} does not divide over mesh.context="
-            f"{sharding.axis_size('context')}"
+            "dispatch=ragged needs a collective that XLA has for TPU and GPU only; on CPU choose "
+            "auto, ring or all_to_all"
         )
     positions = run.model.max_position_embeddings
     if max(run.batch.length, run.sample.max_new_tokens + len(run.sample.prompt) + 1) > positions:
@@ -166,13 +144,14 @@ def check_sizes(run: Run) -> None:
 class Setup(NamedTuple):
     """All that a run needs before its first step; making it finds whatever does not fit."""
 
-    run_dir: Path
+    folder: RunFolder
     mesh: jax.sharding.Mesh
     data: Dataset
     rows: RowIterator
     checkpoints: Checkpoints
     state: TrainState
-    log: metrics.MetricsLog
+    log: metrics.MetricsLog | None  # of the first process
+    goodput: metrics.Goodput
 
 
 def first_state(run: Run, placement: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -191,97 +170,135 @@ def set_up(run: Run) -> Setup:
     """
     if jax.default_backend() == "cpu":
         keep_freed_pages()
-    mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
-    jax.set_mesh(mesh)
-    check_sizes(run)
+    if run.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", run.compilation_cache)
+    processes.check_equal("the run (run file and key=value)", to_json(run))
+    with processes.together():
+        mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
+        jax.set_mesh(mesh)
+        check_sizes(run)
+        placement = state_shardings(run, mesh)
+        data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
+        rows, folder = data.train_rows(run.seed), RunFolder(run.run_dir)
+    # The same files, or else the processes would make rows of different runs.
+    processes.check_equal("the data", data.source)
     if run.precision == "fp32":
         # Else GPUs round the factors to TF32 and TPUs to BF16.
         jax.config.update("jax_default_matmul_precision", "highest")
-    placement = state_shardings(run, mesh)
-    data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
-    rows = data.train_rows(run.seed)
-    run_dir = claim_run_dir(run)
-    checkpoints = Checkpoints(run_dir, run.checkpoint)
-    step = checkpoints.latest_step
+    with processes.together():
+        if processes.is_first():
+            folder.claim(run)
+    with processes.together():
+        folder.check_shared(run)
+    checkpoints = Checkpoints(run.run_dir, run.checkpoint)
+    step, progress = checkpoints.latest_step, {}
     if step is None:
         state = first_state(run, placement, mesh)
-        log = metrics.MetricsLog(run_dir)
     else:
         abstract = jax.eval_shape(lambda: init_state(run))
         state, progress = checkpoints.restore(step, abstract, placement)
         rows.set_state(progress["data"])
-        log = metrics.MetricsLog(run_dir, position=progress["metrics_position"], step=step)
-    return Setup(run_dir, mesh, data, rows, checkpoints, state, log)
+    log = None
+    if processes.is_first():
+        log = metrics.MetricsLog(folder.local, step=step or 0, record=progress.get("record"))
+    goodput = metrics.Goodput(folder.began, progress.get("productive_seconds", 0.0))
+    return Setup(folder, mesh, data, rows, checkpoints, state, log, goodput)
 
 
 def train(run: Run, setup: Setup) -> None:
-    run_dir, mesh, data, rows, checkpoints, state, log = setup
-    asked_to_stop: list[int] = []
-
-    def ask_to_stop(number: int, _: object) -> None:
-        """The first signal ends the run after this step, the second ends it at once."""
-        asked_to_stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
-
+    folder, mesh, data, rows, checkpoints, state, log, goodput = setup
+    stop_signal, watchdog = processes.StopSignal(), processes.Watchdog(run.hang_minutes)
     train_step, evaluate = make_train_step(run), Evaluator(run, data, mesh)
-    guard = LossGuard(run.guard, [record["loss"] for record in metrics.read(run_dir)])
+    before = metrics.read(folder.local)[-run.guard.window :] if log else []
+    guard = LossGuard(run.guard, processes.from_first([record["loss"] for record in before]))
+    trace = StepTrace(run.profile if log else None, folder.local / "profile")
     peak = flops.peak_flops(jax.devices())
-    step = int(state.step)
+    step = first = int(state.step)
+    saved_at = time.monotonic()
     origin = f"from {run.init_from or 'the beginning'}"
 
-    def finish(values: dict, its_rows: Sequence[Row], seconds: float) -> None:
-        """Writes the metrics of the step just done and checks its loss."""
-        record = step_record(run, step, values, seconds, peak)
-        complaint = guard.complaint(record["loss"], record["grad_norm"])
-        if not complaint and (step % run.evaluation.every == 0 or step == run.steps):
-            record |= evaluate(state.model)
-        log.write(record)
-        if complaint:
-            stop(run_dir, step, complaint, its_rows, data)
-        bar.update(step, record["loss"], record["tokens_per_second"])
+    def is_time_to_save() -> bool:
+        """By the step's number, or by the clock of the first process."""
+        if step % run.checkpoint.every == 0:
+            return True
+        minutes = run.checkpoint.every_minutes
+        return minutes is not None and processes.from_first(
+            time.monotonic() - saved_at >= minutes * 60
+        )
 
-    def save() -> None:
-        if step and step != checkpoints.latest_step:
-            progress = {"data": rows.get_state(), "metrics_position": log.position}
-            checkpoints.save(step, state, progress)
+    def save(record: dict) -> dict:
+        """Saves the step just done. Its metrics: how long that kept the next one waiting."""
+        began = time.monotonic()
+        progress = {
+            "data": merged(processes.gathered(rows.get_state())),
+            "record": record,
+            "productive_seconds": goodput.productive_seconds,
+        }
+        checkpoints.save(step, state, progress)
+        if log:
+            folder.publish()
+        return {"checkpoint_blocked_seconds": time.monotonic() - began}
 
-    with StepProgress(first=step, steps=run.steps, every=run.log_every) as bar:
+    with (
+        StepProgress(first=step, steps=run.steps, every=run.log_every, quiet=not log) as bar,
+        contextlib.ExitStack() as closing,
+    ):
+        if log:
+            closing.callback(log.close)
+        closing.callback(checkpoints.close)
+        closing.callback(trace.close)
+        # Before these: a process that alone fails must not wait for a save that needs all.
+        closing.enter_context(processes.ending_together(but=Stopped))
         bar.say(
             f"{count(state.model):,} parameters, {mesh.devices.size} "
             f"{jax.devices()[0].platform} device(s), {run.precision}, "
             + (f"continuing after step {step}" if step else origin)
         )
-        try:
-            while step < run.steps and not asked_to_stop:
-                began = time.monotonic()
-                used = batches.used_micros(run.batch, step, run.steps)
-                its_rows = read(rows, run, used)
+        is_last = step >= run.steps
+        while not is_last:
+            began = time.monotonic()
+            used = batches.used_micros(run.batch, step, run.steps)
+            with trace.begin(step + 1):
+                its_rows = read(rows, run, used, mesh)
                 batch = batches.training_batch(its_rows, run.batch, mesh)
                 state, values = train_step(state, batch, jnp.int32(used))
-                step += 1
-                finish(jax.device_get(values), its_rows, time.monotonic() - began)
-                if step % run.checkpoint.every == 0:
-                    save()
-            save()
-        finally:
-            checkpoints.close()
-            log.close()
+                values = jax.device_get(values)
+            step += 1
+            trace.end(step)
+            seconds = time.monotonic() - began
+            record = step_record(run, step, values, seconds, peak)
+            # The first step of a start is mostly compilation.
+            record["goodput"] = goodput.after(seconds if step > first + 1 else 0.0)
+            complaint = guard.complaint(record["loss"], record["grad_norm"])
+            is_last = stop_signal.reached(step) or step == run.steps
+            if not complaint and (step % run.evaluation.every == 0 or step == run.steps):
+                record |= evaluate(state.model)
+            if not complaint and (is_last or is_time_to_save()):
+                record |= save(record)
+                saved_at = time.monotonic()
+            if log:
+                log.write(record)
+            if complaint:
+                stop(folder, step, complaint, its_rows, data)
+            bar.update(step, record["loss"], record["tokens_per_second"])
+            watchdog.hear()
 
-    if step < run.steps:
+    if step >= run.steps:
+        report(run, folder, state.model, data)
+    elif log:
         print(f"stopped by signal after step {step}; the same command continues from there")
-    else:
-        report(run, run_dir, state.model, data)
 
 
-def report(run: Run, run_dir: Path, model: Transformer, data: Dataset) -> None:
+def report(run: Run, folder: RunFolder, model: Transformer, data: Dataset) -> None:
     """Loss curve, the held-out score beside the bigram entropy, a sample, the command for more."""
     from dsjax.plots import loss_curve
 
-    records, bigram_bits = metrics.read(run_dir), data.bigram_bits_per_byte()
-    loss_curve(records, run_dir / "loss.png", bigram_bits=bigram_bits)
+    # By all processes, as every one has a part of the model; the rest is for the first.
+    sample = sampled(run, model, data) if sharding.axis_size("context") == 1 else None
+    if not processes.is_first():
+        return
+    records, bigram_bits = metrics.read(folder.local), data.bigram_bits_per_byte()
+    loss_curve(records, folder.local / "loss.png", bigram_bits=bigram_bits)
     scores = [r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r]
     if scores:
         verdict = "below" if scores[-1] < bigram_bits else "NOT below"
@@ -289,7 +306,8 @@ def report(run: Run, run_dir: Path, model: Transformer, data: Dataset) -> None:
             f"held-out text: {scores[-1]:.3f} bits per byte, {verdict} the bigram entropy of the "
             f"training bytes, {bigram_bits:.3f}"
         )
-    print(f"metrics, TensorBoard events, loss.png and checkpoints: {run_dir}")
+    folder.publish()
+    print(f"metrics, TensorBoard events, loss.png and checkpoints: {run.run_dir}")
     options = {
         "prompt": run.sample.prompt,
         "max-new-tokens": run.sample.max_new_tokens,
@@ -298,9 +316,9 @@ def report(run: Run, run_dir: Path, model: Transformer, data: Dataset) -> None:
         "seed": run.seed,
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "dsjax", "generate", str(run_dir), *flags]
-    if sharding.axis_size("context") == 1:
-        print(f"\n{run.sample.prompt}{sampled(run, model, data)}\n")
+    command = [sys.executable, "-m", "dsjax", "generate", run.run_dir, *flags]
+    if sample is not None:
+        print(f"\n{run.sample.prompt}{sample}\n")
     print(f"more of it: {shlex.join(command)}")
 
 
@@ -327,21 +345,37 @@ def main(arguments: Sequence[str]) -> int:
     assignments = [argument for argument in arguments if "=" in argument]
     flags = [argument for argument in arguments if argument[:1] == "-" and "=" not in argument]
     try:
+        launch, assignments = processes.launch_keys(assignments)
         if flags in (["--help"], ["-h"]):
             example = load(paths[0] if paths else "configs/tiny.py", *assignments)
             print(f"{USAGE}\n\nkeys, their types, and values here:\n\n{help_text(example)}")
+            print(f"\nof this process, not of the run (docs/launch.md):\n\n{processes.HELP}")
             return 0
+        if flags == ["--compile-only"] and len(paths) == 1:
+            from dsjax.plan.command import plan
+
+            return 0 if plan(paths[0], assignments) else 1
         if flags or len(paths) != 1:
             raise ValueError(f"{USAGE}; got {shlex.join(arguments) or 'nothing'}")
         run = load(paths[0], *assignments)
-        setup = set_up(run)
+        processes.start(launch)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    layout = sharding.layout(sharding.Layout(dispatch=run.dispatch))
     try:
-        train(run, setup)
-    except Stopped as reason:
-        print(f"stopped: {reason}", file=sys.stderr)
+        with layout, processes.ending_together(but=processes.Agreed):
+            setup = set_up(run)
+    except ValueError as error:
+        if processes.is_first():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        with layout, processes.ending_together(but=Stopped):
+            train(run, setup)
+    except (Stopped, Unreadable) as reason:
+        if processes.is_first():
+            print(f"stopped: {reason}", file=sys.stderr)
         return 3
     return 0
 

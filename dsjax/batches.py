@@ -1,4 +1,7 @@
-"""Rows of the data stream into device batches: micro-batches, batch-size ramp, provenance."""
+"""Rows of the data stream into device batches: micro-batches, batch-size ramp, provenance.
+
+Each process makes the rows of its own devices; elsewhere a list of rows holds None.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,9 +10,25 @@ import jax
 import numpy as np
 
 from dsjax import sharding
-from dsjax.data import Row
+from dsjax.data import Row, RowIterator
 from dsjax.losses import Batch
 from dsjax.run import BatchShape
+
+
+def check_fits(config: BatchShape) -> None:
+    """ValueError if the batch does not divide over the mesh that is set."""
+    micro = config.micro_size
+    shares = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
+    if micro % shares:
+        raise ValueError(
+            f"a micro-batch of {micro} sequences does not divide over mesh.data * mesh.fsdp * "
+            f"mesh.expert = {shares}; make batch.micro (or batch.size) a multiple of it"
+        )
+    if config.length % sharding.axis_size("context"):
+        raise ValueError(
+            f"batch.length={config.length} does not divide over mesh.context="
+            f"{sharding.axis_size('context')}"
+        )
 
 
 def used_micros(config: BatchShape, step: int, steps: int) -> int:
@@ -20,34 +39,52 @@ def used_micros(config: BatchShape, step: int, steps: int) -> int:
     return math.floor((start + (config.size - start) * fraction) / config.micro_size)
 
 
-def take(rows: Iterator[Row], config: BatchShape, used: int) -> list[Row]:
-    """The rows of one step."""
-    return [next(rows) for _ in range(used * config.micro_size)]
+def own_places(config: BatchShape, mesh: jax.sharding.Mesh) -> list[int]:
+    """The places in a micro-batch whose rows, or parts of them, lie on this process's devices."""
+    where = jax.sharding.NamedSharding(mesh, sharding.spec("batch", mesh=mesh))
+    pieces = where.addressable_devices_indices_map((config.micro_size,)).values()
+    return sorted({place for (cut,) in pieces for place in range(config.micro_size)[cut]})
 
 
-def _arrays(rows: Sequence[Row]) -> list[np.ndarray]:
-    names = ("tokens_T", "segments_T", "positions_T")
-    return [np.stack([getattr(row, name) for row in rows]) for name in names]
+def take(
+    rows: RowIterator, config: BatchShape, used: int, mesh: jax.sharding.Mesh
+) -> list[Row | None]:
+    """The rows of one step, in an order that no number of processes changes; None for others'."""
+    micro, places = config.micro_size, own_places(config, mesh)
+    return rows.take(used * micro, {n * micro + place for n in range(used) for place in places})
 
 
-def training_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.Mesh) -> Batch:
+def _on_devices(
+    rows: Sequence[Row | None], shape: tuple[int, ...], where: jax.sharding.NamedSharding
+) -> Batch:
+    """Rows in order as [..., T]; places behind the last row are padding."""
+    numbers = np.arange(math.prod(shape[:-1])).reshape(shape[:-1])
+    empty_T = np.zeros(shape[-1], np.int32)
+
+    def array(name: str) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            own = numbers[index[:-1]]
+            x_RT = [getattr(rows[r], name) if r < len(rows) else empty_T for r in own.flat]
+            return np.stack(x_RT).reshape(*own.shape, -1)[..., index[-1]]
+
+        return jax.make_array_from_callback(shape, where, piece)
+
+    return Batch(*(array(name) for name in ("tokens_T", "segments_T", "positions_T")))
+
+
+def training_batch(
+    rows: Sequence[Row | None], config: BatchShape, mesh: jax.sharding.Mesh
+) -> Batch:
     """Rows as micro-batches [n, b, T] on the mesh; those a ramp leaves empty are padding."""
-    micro = config.micro_size
-
-    def in_micros(x_RT: np.ndarray) -> np.ndarray:
-        empty = config.size - len(x_RT)
-        return np.pad(x_RT, ((0, empty), (0, 0))).reshape(-1, micro, config.length)
-
     where = jax.sharding.NamedSharding(mesh, sharding.spec(None, "batch", "length", mesh=mesh))
-    return Batch(*(jax.device_put(in_micros(x), where) for x in _arrays(rows)))
+    micro = config.micro_size
+    return _on_devices(rows, (config.size // micro, micro, config.length), where)
 
 
 def evaluation_batch(rows: Sequence[Row], config: BatchShape, mesh: jax.sharding.Mesh) -> Batch:
     """At most a micro-batch of rows as [b, T] on the mesh; rows that are missing are padding."""
-    missing = config.micro_size - len(rows)
     where = jax.sharding.NamedSharding(mesh, sharding.spec("batch", "length", mesh=mesh))
-    padded = (np.pad(x, ((0, missing), (0, 0))) for x in _arrays(rows))
-    return Batch(*(jax.device_put(x, where) for x in padded))
+    return _on_devices(rows, (config.micro_size, config.length), where)
 
 
 def in_evaluation_batches(rows: Sequence[Row], config: BatchShape) -> Iterator[Sequence[Row]]:
@@ -65,10 +102,11 @@ def target_bytes(rows: Iterable[Row], bytes_per_token: np.ndarray) -> int:
     return total
 
 
-def provenance(rows: Sequence[Row], locate: Callable[[int], str]) -> list[dict]:
+def provenance(rows: Sequence[Row | None], locate: Callable[[int], str]) -> list[dict]:
     """Where a batch comes from: per row and document its place and the token offsets used."""
     found = []
-    for index, row in enumerate(rows):
+    own = [(index, row) for index, row in enumerate(rows) if row is not None]
+    for index, row in own:
         for segment in range(1, int(row.segments_T.max()) + 1):
             mine = np.flatnonzero(row.segments_T == segment)
             first, last = (int(row.offsets_T[mine[edge]]) for edge in (0, -1))

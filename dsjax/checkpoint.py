@@ -4,21 +4,21 @@ A step directory holds `model` and `optimizer` as flat dicts of arrays under rea
 ("layers.1.blocks.0.attention.o_proj"), and `progress`, the data cursor and the like, as JSON.
 """
 
-from pathlib import Path
+import os
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from dsjax import model as models
 from dsjax import sharding
 from dsjax.hf import names
 from dsjax.run import Checkpoint, Run
 from dsjax.run_file import from_json
+from dsjax.run_folder import CHECKPOINTS, RUN_FILE, RunFolder
 from dsjax.train_step import TrainState
 
-RUN_FILE = "run.json"
-CHECKPOINTS = "checkpoints"
 # Weights above this size are stored in pieces of at most this size, so that whoever wants a part,
 # such as an export of one expert, does not have to read it all.
 PIECE_BYTES = 64 * 2**20
@@ -67,14 +67,19 @@ def _pieces(weights: dict[str, Any], model: models.Transformer) -> dict[str, ocp
 
 
 class Checkpoints:
-    """The checkpoints of `run_dir`. `save` returns once the arrays are copied to host memory."""
+    """The checkpoints of `run_dir`, a folder or a URL.
 
-    def __init__(self, run_dir: str | Path, config: Checkpoint):
+    `save` returns once the arrays are copied to host memory. Of several processes each saves and
+    restores what lies on its own devices; every method is for all of them to call.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, config: Checkpoint):
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=False)
-        directory = Path(run_dir).resolve() / CHECKPOINTS
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        folder = RunFolder(run_dir)
+        self.directory = folder.checkpoints
+        with folder.reachable():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -116,15 +121,15 @@ class Checkpoints:
         self._manager.close()
 
 
-def latest_model(run_dir: str | Path) -> tuple[Run, Path]:
+def latest_model(run_dir: str | os.PathLike) -> tuple[Run, epath.Path]:
     """The run in `run_dir` and the folder of its newest weights. ValueError if there are none."""
-    run_file = Path(run_dir) / RUN_FILE
-    if not run_file.is_file():
+    home = RunFolder(run_dir).home
+    if not (home / RUN_FILE).is_file():
         raise ValueError(f"{run_dir} is no training run: it has no {RUN_FILE}")
-    run = from_json(run_file.read_text())
+    run = from_json((home / RUN_FILE).read_text())
     step = None
     # Who only reads makes no folder.
-    if (Path(run_dir) / CHECKPOINTS).is_dir():
+    if (home / CHECKPOINTS).is_dir():
         checkpoints = Checkpoints(run_dir, run.checkpoint)
         step = checkpoints.latest_step
         checkpoints.close()
@@ -134,7 +139,7 @@ def latest_model(run_dir: str | Path) -> tuple[Run, Path]:
 
 
 def restore_model(
-    run_dir: str | Path, mesh: jax.sharding.Mesh | None = None
+    run_dir: str | os.PathLike, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[models.Transformer, Run]:
     """The newest weights of a training run (FP32) and the run that made them.
 

@@ -1,8 +1,9 @@
-"""The command `dsjax`: `dsjax generate PATH --prompt TEXT` continues a text.
+"""The command `dsjax`: `dsjax generate PATH --prompt TEXT`, `dsjax plan CONFIG topology=...`.
 
-PATH is a training run (it has a run.json), a Hugging Face directory (config.json, safetensors,
-tokenizer.json), or what `convert_weights.py import` made of one. What the user can mend is told in
-one line, with exit code 2.
+`generate` continues a text. PATH is a training run (it has a run.json), a Hugging Face directory
+(config.json, safetensors, tokenizer.json), or what `convert_weights.py import` made of one. `plan`
+says whether a training step fits chips that need not be there, and how fast it can be at best. What
+the user can mend is told in one line, with exit code 2.
 """
 
 import argparse
@@ -21,14 +22,15 @@ from dsjax.model import Transformer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code is 0, or 2 for something the user can mend."""
+    """Runs the command line; the exit code is 0, 2 for something the user can mend, or 1 for a plan
+    that does not fit.
+    """
     options = _parser().parse_args(arguments)
     try:
-        _generate(options)
+        return options.run(options) or 0
     except ValueError as error:
         print(f"dsjax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")
     generate.add_argument("--top-p", type=float, default=0.95, help="share of candidates to keep")
     generate.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    generate.set_defaults(run=_generate)
+    plan = commands.add_parser("plan", help="will a training step fit, and how fast can it be")
+    plan.add_argument("config", help="run file, such as configs/v3.py")
+    plan.add_argument(
+        "assignments", nargs="*", metavar="key=value",
+        help="topology=v5p:8x8x8 (or h100:16x8, nodes x GPUs), slices=2, and keys of the run",
+    )  # fmt: skip
+    plan.add_argument(
+        "--search", action="store_true", help="try meshes, micro-batches and remat policies"
+    )
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -72,6 +85,12 @@ def _generate(options: argparse.Namespace) -> None:
         for token in tokens:
             print(stream.add(token), end="", flush=True)
         print(stream.end(), flush=True)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dsjax.plan.command import plan
+
+    return 0 if plan(options.config, options.assignments, searching=options.search) else 1
 
 
 Loaded = tuple[Transformer, Bytes | HuggingFace, set[int]]

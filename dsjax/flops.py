@@ -3,18 +3,7 @@
 import jax
 
 from dsjax import config
-
-# Dense BF16 peaks in FLOP/s per jax device, from the vendors' data sheets. A TPU v5p chip is one
-# device, a TPU7x chip two.
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from dsjax.plan import chips
 
 
 def _attention(mla: config.Mla, hidden: int, length: int) -> float:
@@ -58,5 +47,5 @@ def training_flops_per_token(model: config.Model, length: int) -> float:
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
     """BF16 peak of all devices together in FLOP/s, None where a kind is not in the table."""
-    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
-    return None if None in peaks else sum(peaks)
+    known = [chips.BY_KIND.get(device.device_kind) for device in devices]
+    return None if None in known else sum(chip.bf16_flops for chip in known)

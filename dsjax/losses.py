@@ -1,5 +1,6 @@
 """Next-token and multi-token cross-entropy over packed rows, without ever forming all logits."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax import sharding
+from dsjax.nn import zigzag
 from dsjax.nn.attend import equal_parts
 from dsjax.nn.masks import Places
 
@@ -44,6 +46,25 @@ def targets(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Bool[Array, "B
     return ahead(batch.tokens_BT, depth + 1), valid_BT
 
 
+def balanced(batch: Batch, wanted: Sequence[tuple]) -> tuple[Batch, Places, list[tuple]]:
+    """Batch, its places, and targets, with rows laid out for context parallelism.
+
+    Each device along `context` gets as much causal attention to compute as any other
+    (`dsjax.nn.zigzag`), where rows divide into twice as many chunks as there are devices.
+    """
+    length, parts = batch.tokens_BT.shape[1], sharding.axis_size("context")
+    if parts == 1 or length % (2 * parts):
+        return batch, batch.places, list(wanted)
+
+    def moved(x_BT):
+        whole_BT = zigzag.lay_out(sharding.reshard(x_BT, "batch", None), parts)
+        return sharding.reshard(whole_BT, "batch", "length")
+
+    index_BT = jax.lax.broadcasted_iota(jnp.int32, batch.tokens_BT.shape, 1)
+    batch, index_BT, wanted = jax.tree.map(moved, (batch, index_BT, list(wanted)))
+    return batch, batch.places._replace(index_BT=index_BT), wanted
+
+
 def target_count(batch: Batch, depth: int) -> Float[Array, ""]:
     """How many targets of `depth` the rows hold: the cross-entropy's denominator."""
     return targets(batch, depth)[1].sum(dtype=jnp.float32)
@@ -59,6 +80,7 @@ def cross_entropy(
 
     Logits exist for one block of tokens at a time, forward and backward, in at least FP32.
     """
+    hidden_BTD = sharding.reshard(hidden_BTD, "batch", "length", None)
     wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
     blocks = equal_parts(hidden_BTD.shape[1], at_most=TOKEN_BLOCK, least=2)
     # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,22 +14,25 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends to `run_dir/metrics.jsonl` and writes TensorBoard events beside it.
 
-    `position` is the size of the file in bytes and belongs into a checkpoint: a log opened at that
-    position forgets the lines of steps that will be run again.
+    Opened after `step`, it forgets the lines of later steps, which will run again. `record` is the
+    line of that step, kept in the checkpoint: a run killed right after saving has not written it.
     """
 
-    def __init__(self, run_dir: Path, *, position: int = 0, step: int = 0):
+    def __init__(self, run_dir: Path, *, step: int = 0, record: dict | None = None):
         from tensorboardX import SummaryWriter
 
-        self._file = (run_dir / METRICS_FILE).open("ab")
-        self._file.truncate(position)
+        file = run_dir / METRICS_FILE
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        # The last line of a process that was killed may be half there.
+        steps = [json.loads(line)["step"] for line in lines if line.endswith(b"\n")]
+        kept = sum(known <= step for known in steps)
+        self._file = file.open("ab")
+        self._file.truncate(sum(len(line) for line in lines[:kept]))
         self._file.seek(0, 2)
-        purge = step + 1 if position else None
+        purge = step + 1 if step else None
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
-
-    @property
-    def position(self) -> int:
-        return self._file.tell()
+        if record is not None and step not in steps:
+            self.write(record)
 
     def write(self, record: dict) -> None:
         """Writes one record, which must have a `step`; floats keep all their digits."""
@@ -46,23 +50,48 @@ class MetricsLog:
         self._file.close()
 
 
+class Goodput:
+    """The share of the time since the run first began that went into steps its checkpoints hold.
+
+    Stops, restarts, compilation, saving, evaluation and steps that had to be done again are what
+    is missing to 1. `productive_seconds` belongs into a checkpoint.
+    """
+
+    def __init__(self, began: float, productive_seconds: float = 0.0):
+        """`began`: when, in seconds since 1970."""
+        self._began, self.productive_seconds = began, productive_seconds
+
+    def after(self, seconds: float) -> float:
+        """The share after one more step, which took `seconds`."""
+        self.productive_seconds += seconds
+        return self.productive_seconds / max(time.time() - self._began, self.productive_seconds)
+
+
 def read(run_dir: Path) -> list[dict]:
     """All records of a run so far."""
     return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
 
 
-def load_statistics(loads: Sequence[np.ndarray]) -> dict:
+def load_statistics(loads: Sequence[np.ndarray], *, devices: int = 1) -> dict:
     """What a step's expert loads say, a list entry per MoE layer; {} for a dense model.
 
     `load_max_over_mean`: 1 is even. `load_entropy`: in units of ln E, 1 is even.
+    `load_device_max_over_mean`: of the sums over the experts of each of the `devices` that share
+    them; the others wait for the fullest one.
     """
-    max_over_mean, entropy = [], []
+    max_over_mean, entropy, device_max_over_mean = [], [], []
     for stack in loads:
         for load_E in np.atleast_2d(np.asarray(stack, np.float64)):
             share_E = load_E / load_E.sum()
             used_E = share_E[share_E > 0]
             max_over_mean.append(float(share_E.max() * len(share_E)))
+            of_device = share_E.reshape(devices, -1).sum(1)
+            device_max_over_mean.append(float(of_device.max() * devices))
             entropy.append(float(-(used_E * np.log(used_E)).sum() / math.log(len(share_E))))
     if not max_over_mean:
         return {}
-    return {"load_max_over_mean": max_over_mean, "load_entropy": entropy}
+    return {
+        "load_max_over_mean": max_over_mean,
+        "load_entropy": entropy,
+        "load_device_max_over_mean": device_max_over_mean,
+    }

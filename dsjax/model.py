@@ -1,11 +1,13 @@
 """The decoder: blocks from their specs, scanned groups of layers, the MTP modules, the head."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax import config, sharding
@@ -14,11 +16,10 @@ from dsjax.nn.mla import MlaAttention
 from dsjax.nn.mlp import SwiGlu
 from dsjax.nn.moe import MoeFfn, MoeStats
 from dsjax.nn.norm import RMSNorm
-from dsjax.params import normal
+from dsjax.nn.remat import LAYER_INPUT, REMAT
+from dsjax.params import cast, normal
 
 ATTENTION = {config.Mla: MlaAttention}
-
-REMAT: dict[str, Callable] = {"full": jax.checkpoint, "none": lambda body: body}
 
 
 class Block(nnx.Module):
@@ -53,6 +54,16 @@ class Block(nnx.Module):
 def _laid_out(places: Places) -> Places:
     """Callers may pass positions that lie anyhow; the layers want them beside the tokens."""
     return jax.tree.map(lambda x_BT: sharding.reshard(x_BT, "batch", "length"), places)
+
+
+def _rows(table_VD, tokens_BT, *, by: tuple[str, ...]):
+    """On one device: its columns, for the tokens of all along `by`, exchanged for the others."""
+    if not by:
+        return table_VD[tokens_BT]
+    everyones_BT = jax.lax.all_gather(tokens_BT, by, axis=0, tiled=True)
+    tokens_by = (*sharding.BATCH_AXES, *sharding.RULES["residual"])
+    table_VD = sharding.varying(table_VD, *(axis for axis in tokens_by if axis not in by))
+    return jax.lax.all_to_all(table_VD[everyones_BT], by, split_axis=0, concat_axis=2, tiled=True)
 
 
 def _counted(places: Places) -> Bool[Array, "B T"]:
@@ -144,11 +155,22 @@ class Transformer(nnx.Module):
         places = default_places(tokens_BT) if places is None else places
         return self.logits(self.hidden(tokens_BT, places).hidden_BTD)
 
-    def embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding table; the table is gathered first."""
-        table_VD = sharding.reshard(self.embed[...], None, None)
-        out = sharding.spec("batch", "length", None) if sharding.active() else None
-        return table_VD.at[tokens_BT].get(out_sharding=out)
+    def embedded(
+        self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype | None = None
+    ) -> Float[Array, "B T D"]:
+        """Rows of the embedding table, of which every device holds a slice of the columns.
+
+        The tokens are gathered and the rows sent home: the table itself never moves.
+        """
+        residual = sharding.residual(tokens_BT.shape[1])
+        tokens_BT = sharding.reshard(tokens_BT, "batch", residual)
+        by = sharding.cut(*sharding.RULES["embed"])
+        rows = sharding.local(
+            functools.partial(_rows, by=by),
+            in_specs=(sharding.stored_spec(self.embed), sharding.spec("batch", residual)),
+            out_specs=sharding.spec("batch", residual, None),
+        )
+        return rows(self.embed[...].astype(dtype or self.embed.dtype), tokens_BT)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The shared output head on final-normed states."""
@@ -162,19 +184,23 @@ class Transformer(nnx.Module):
         caches: tuple | None = None,
         *,
         remat: str = "none",
+        dtype: jnp.dtype | None = None,
     ) -> Hidden:
         """Runs all layers; `caches` (from `init_caches`) makes them look back and be extended.
 
-        `remat` says what backward recomputes: "full" each layer, "none" nothing.
+        `remat` names what backward recomputes (`dsjax.nn.remat`). `dtype` is what each layer's
+        weights are cast to when its turn comes, so that no second copy of all weights exists.
         """
         places = _laid_out(places)
-        x_BTD = self.embedded(sharding.reshard(tokens_BT, "batch", "length"))
+        x_BTD = self.embedded(tokens_BT, dtype)
         caches = (None,) * len(self.layers) if caches is None else caches
 
         @REMAT[remat]
         def body(x_BTD, layer):
             superblock, cache = layer
-            x_BTD, cache, stats = sharding.unshard(superblock)(x_BTD, places, cache)
+            superblock = sharding.unshard(cast(superblock, dtype))
+            x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+            x_BTD, cache, stats = superblock(x_BTD, places, cache)
             return x_BTD, (cache, stats)
 
         outcomes = []
@@ -191,14 +217,17 @@ class Transformer(nnx.Module):
         places: Places,
         *,
         remat: str = "none",
+        dtype: jnp.dtype | None = None,
     ) -> tuple[list[Float[Array, "B T D"]], list[MoeStats | None]]:
         """Normed states of each MTP depth k, given tokens t_{i+k} at every position i."""
         places = _laid_out(places)
 
         @REMAT[remat]
         def run(module, tokens_BT, hidden_BTD):
-            embedded_BTD = self.embedded(tokens_BT)
-            hidden_BTD, _, stats = sharding.unshard(module)(embedded_BTD, hidden_BTD, places)
+            hidden_BTD = checkpoint_name(hidden_BTD, LAYER_INPUT)
+            embedded_BTD = self.embedded(tokens_BT, dtype)
+            module = sharding.unshard(cast(module, dtype))
+            hidden_BTD, _, stats = module(embedded_BTD, hidden_BTD, places)
             return hidden_BTD, stats
 
         states, all_stats = [], []

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -17,9 +18,9 @@ Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 def piecewise(value: Piecewise, steps: int) -> Schedule:
     """`value` over a run of `steps`; a jump at fraction f happens at step ceil(f * steps)."""
-    starts = jnp.array([math.ceil(start * steps) for start, _ in value.steps])
-    values = jnp.array([level for _, level in value.steps], jnp.float32)
-    return lambda step: values[jnp.sum(step >= starts) - 1]
+    starts = np.array([math.ceil(start * steps) for start, _ in value.steps], np.int32)
+    values = np.array([level for _, level in value.steps], np.float32)
+    return lambda step: jnp.asarray(values)[jnp.sum(step >= starts) - 1]
 
 
 def learning_rate(config: LearningRate | StepDecay, steps: int) -> Schedule:
@@ -65,8 +66,27 @@ def _step_decay(config: StepDecay, steps: int) -> Schedule:
 SCHEDULES = {LearningRate: _cosine_and_tails, StepDecay: _step_decay}
 
 
+def stored_in(
+    dtype: jnp.dtype, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`inner` with the floats of its state kept in `dtype`, widened to FP32 for each update."""
+
+    def floats(state, dtype):
+        return jax.tree.map(
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, floats(state, jnp.float32), params)
+        return updates, floats(state, dtype)
+
+    return optax.GradientTransformation(lambda params: floats(inner.init(params), dtype), update)
+
+
 def adamw(config: Optim, steps: int) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled decay of matrices, learning rate."""
+
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
 
     def matrices(params):
         return jax.tree.map(
@@ -75,7 +95,7 @@ def adamw(config: Optim, steps: int) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        adam if config.moments == "fp32" else stored_in(jnp.dtype("bfloat16"), adam),
         optax.add_decayed_weights(config.weight_decay, mask=matrices),
         optax.scale_by_learning_rate(learning_rate(config.learning_rate, steps)),
     )

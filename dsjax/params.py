@@ -35,8 +35,13 @@ def upcast(x: jax.Array) -> jax.Array:
     return x.astype(np.promote_types(x.dtype, jnp.float32))
 
 
-def cast(module, dtype: jnp.dtype):
-    """The module with its weights in the compute `dtype`; FP32-only weights and biases stay."""
+def cast(module, dtype: jnp.dtype | None):
+    """The module with its weights in the compute `dtype`; FP32-only weights and biases stay.
+
+    `dtype=None` leaves all as they are.
+    """
+    if dtype is None:
+        return module
 
     def one(variable: nnx.Variable):
         if isinstance(variable, FullPrecision | RouterBias):

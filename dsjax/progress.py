@@ -16,11 +16,14 @@ from rich.progress import (
 
 
 class StepProgress:
-    """Step, loss, tokens/s and time left. Without a terminal, a line every `every` steps."""
+    """Step, loss, tokens/s and time left. Without a terminal, a line every `every` steps.
 
-    def __init__(self, *, first: int, steps: int, every: int):
+    `quiet` says nothing at all: of several processes only one is heard.
+    """
+
+    def __init__(self, *, first: int, steps: int, every: int, quiet: bool = False):
         self._first, self._steps, self._every = first, steps, every
-        self._console = Console()
+        self._console = Console(quiet=quiet)
         self._began = time.monotonic()
         self._bar = Progress(
             TextColumn("step"),
@@ -29,7 +32,7 @@ class StepProgress:
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s "),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("train", total=steps, completed=first, loss="-", rate="-")
 

@@ -8,7 +8,9 @@ import dataclasses
 from dsjax.config import Model
 
 PRECISIONS = ("fp32", "bf16")
-REMATS = ("full", "none")
+REMATS = ("full", "none", "save_latents", "offload")
+MOMENTS = ("fp32", "bf16")
+DISPATCHES = ("auto", "ring", "all_to_all", "ragged")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,11 @@ class StepDecay:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW (V3 section 4.2). Decay applies to matrices, not to norm scales."""
+    """AdamW (V3 section 4.2). Decay applies to matrices, not to norm scales.
+
+    `moments`: what both moments are stored in, "fp32" or "bf16" (V3 section 3.3.2); the arithmetic
+    is FP32.
+    """
 
     learning_rate: LearningRate | StepDecay
     beta1: float = 0.9
@@ -66,6 +72,13 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments: str = "fp32"
+
+    def __post_init__(self):
+        if self.moments not in MOMENTS:
+            raise ValueError(
+                f"optim.moments is {self.moments!r}; choose one of {', '.join(MOMENTS)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,19 +126,29 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandardLibrary:
-    """Python's own source files, bytes as tokens; always there. `held_out`: share to evaluate."""
+    """Python's own source files, bytes as tokens; always there. `held_out`: share to evaluate.
+
+    `streams`: packers that give rows in turn, so row r comes from packer r % streams. A process
+    runs only those that it has rows of: with as many as a micro-batch has rows, each row is packed
+    once in all.
+    """
 
     held_out: float = 0.05
+    streams: int = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Files:
-    """A folder of `.jsonl`, `.parquet` or `.txt` documents and a Hugging Face `tokenizer.json`."""
+    """A folder of `.jsonl`, `.parquet` or `.txt` documents and a Hugging Face `tokenizer.json`.
+
+    `streams` as in `StandardLibrary`.
+    """
 
     path: str
     tokenizer: str
     text_field: str = "text"
     held_out: float = 0.01
+    streams: int = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,15 +164,23 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Save every `every` steps and at the end, keep the newest `keep`."""
+    """Save every `every` steps and at the end, keep the newest `keep`.
+
+    `every_minutes` saves as well when this much time has passed since the last save.
+    """
 
     every: int = 100
     keep: int = 3
+    every_minutes: float | None = None
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(
                 f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1"
+            )
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise ValueError(
+                f"checkpoint.every_minutes={self.every_minutes} must be above 0, or None for never"
             )
 
 
@@ -195,12 +226,29 @@ class Sample:
     top_p: float = 0.95
 
 
+def profiled_steps(profile: str | None) -> range:
+    """The steps that `Run.profile` names: "10:15" is 10 to 14. ValueError for anything else."""
+    if profile is None:
+        return range(0)
+    first, colon, end = profile.partition(":")
+    if not colon or not (first.isdecimal() and end.isdecimal()) or not 0 < int(first) < int(end):
+        raise ValueError(
+            f"profile={profile!r} must be FIRST:END, steps counted from 1 and END left out: "
+            "profile=10:15 traces the steps 10 to 14"
+        )
+    return range(int(first), int(end))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything `train.py` needs. `precision`: "fp32" or "bf16" compute; weights stay FP32.
 
     `init_from`: a Hugging Face directory, one that `convert_weights.py` made, or another run, whose
-    weights this one begins with.
+    weights this one begins with. `run_dir`: a folder, or a URL (`gs://`, `s3://`).
+
+    `profile` names the steps to trace ("10:15"), `compilation_cache` a folder in which compiled
+    programs outlive the process. `hang_minutes`: of several processes, one that finishes no step
+    for so long ends itself and so all of them.
     """
 
     model: Model
@@ -213,6 +261,7 @@ class Run:
     init_from: str | None = None
     precision: str = "bf16"
     remat: str = "full"
+    dispatch: str = "auto"
     log_every: int = 10
     objective: Objective = Objective()
     mesh: MeshShape = MeshShape()
@@ -220,14 +269,24 @@ class Run:
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
     sample: Sample = Sample()
+    profile: str | None = None
+    compilation_cache: str | None = None
+    hang_minutes: float = 30.0
 
     def __post_init__(self):
+        profiled_steps(self.profile)
+        if not self.hang_minutes > 0:
+            raise ValueError(f"hang_minutes is {self.hang_minutes}; it must be above 0")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}"
             )
+        if self.dispatch not in DISPATCHES:
+            raise ValueError(
+                f"dispatch is {self.dispatch!r}; choose one of {', '.join(DISPATCHES)}"
+            )
         if self.remat not in REMATS:
-            raise ValueError(f"remat is {self.remat!r}; choose {' or '.join(REMATS)}")
+            raise ValueError(f"remat is {self.remat!r}; choose one of {', '.join(REMATS)}")
         for name in ("steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -2,17 +2,22 @@
 
 Only this file and the per-device code of `nn/moe.py` name mesh axes.
 
-Weights are stored sharded over `fsdp` as well (ZeRO-3) and gathered by `unshard`, one layer at a
-time, where they are used. Everything here also works without a mesh: then it does nothing, so a
-module can be called in a notebook like a function.
+Weights are stored sharded over `fsdp` as well, those outside the experts over `expert` too
+(ZeRO-3), and gathered by `unshard`, one layer at a time, where they are used. Experts and attention
+lie differently on the same devices: what attention cuts by heads over `tensor`, the experts cut by
+expert. Everything here also works without a mesh: then it does nothing, so a module can be called
+in a notebook like a function.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,51 +30,103 @@ RULES: dict[str | None, tuple[str, ...]] = {
     # Activations.
     "batch": BATCH_AXES,
     "length": ("context",),
-    # Weights: `embed` is the one that ZeRO-3 cuts; the others stay cut while computing.
-    "embed": ("fsdp",),
+    # The length between the layers, where every token stands for itself: norms, adding, routing.
+    "residual": ("context", "tensor"),
+    # Weights that ZeRO-3 cuts, of the experts and of all others; the rest stay cut while computing.
+    "expert_embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
-    "experts": ("expert",),
+    "experts": ("expert", "tensor"),
 }
-GATHERED = "embed"
+GATHERED = frozenset({"embed", "expert_embed"})
 
 
-def make_mesh(
+@dataclass(frozen=True)
+class Layout:
+    """What the mesh leaves open. `dispatch`: how rows travel to experts (`dsjax.nn.dispatch`)."""
+
+    dispatch: str = "auto"
+
+
+# `with layout(Layout(...))` around a call; part of the key under which jit caches what it traced.
+layout = jax.make_user_context(Layout())
+
+
+def mesh_sizes(
+    num_devices: int,
     *,
     data: int = 1,
     fsdp: int = 1,
     expert: int = 1,
     tensor: int = 1,
     context: int = 1,
-    devices: Sequence[jax.Device] | None = None,
-) -> jax.sharding.Mesh:
-    """The mesh over `devices` (default: all). Every axis always exists; one may be -1, 'the rest'.
+) -> dict[str, int]:
+    """Devices along every axis of a mesh of `num_devices`; one size may be -1, 'the rest'.
 
     Raises ValueError if the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor, "context": context}
     asked = " ".join(f"mesh.{name}={size}" for name, size in sizes.items())
     rest = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(rest) > 1 or known < 1 or min(sizes.values()) < -1:
         raise ValueError(f"{asked}: sizes must be positive, and at most one may be -1 (the rest)")
-    if rest and len(devices) % known == 0:
-        sizes[rest[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices):
+    if rest and num_devices % known == 0:
+        sizes[rest[0]] = num_devices // known
+    if math.prod(sizes.values()) != num_devices:
         raise ValueError(
-            f"{asked} does not make use of all {len(devices)} devices; choose sizes whose product "
-            f"is {len(devices)}, or set one axis to -1"
+            f"{asked} does not make use of all {num_devices} devices; choose sizes whose product "
+            f"is {num_devices}, or set one axis to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices
+    return sizes
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> jax.sharding.Mesh:
+    """The mesh over `devices` (default: all), with `sizes` as for `mesh_sizes`.
+
+    Every axis always exists. Raises ValueError if the sizes do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = tuple(mesh_sizes(len(devices), **sizes).values())
+    explicit = (AxisType.Explicit,) * len(AXES)
+    return jax.sharding.Mesh(_arranged(shape, devices), AXES, axis_types=explicit)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours near each other.
+
+    Several TPU slices, or GPU islands, are joined along the first axes that their number divides
+    into, so that `data`, or else `fsdp`, crosses the slow network and the others do not.
+    """
+    rest = slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = []
+    for size in shape:
+        across.append(math.gcd(size, rest))
+        rest //= across[-1]
+    if rest > 1:
+        raise ValueError(
+            f"a mesh of {'x'.join(map(str, shape))} cannot be laid over {slices} slices; make "
+            f"mesh.data a multiple of {slices}"
+        )
+    inside = [size // outer for size, outer in zip(shape, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
     )
 
 
 def active() -> bool:
     """Whether a mesh is set (`with jax.set_mesh(mesh)`)."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what is compiled for, which may be a mesh of absent devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def axis_size(name: str) -> int:
@@ -89,6 +146,12 @@ def cut(*mesh_axes: str, mesh: jax.sharding.Mesh | None = None) -> tuple[str, ..
 def spec(*axes: str | None, mesh: jax.sharding.Mesh | None = None) -> P:
     """The PartitionSpec on `mesh` (default: the one set) of an array with the logical `axes`."""
     return P(*(cut(*RULES.get(axis, ()), mesh=mesh) or None for axis in axes))
+
+
+def residual(length: int) -> str:
+    """The logical axis of `length` tokens between layers: "residual" where they divide over it."""
+    parts = math.prod(axis_size(name) for name in RULES["residual"])
+    return "length" if length % parts else "residual"
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -140,12 +203,12 @@ def stored_spec(variable: nnx.Variable, mesh: jax.sharding.Mesh | None = None) -
 
 
 def compute_spec(variable: nnx.Variable) -> P:
-    """Where a weight lies while it is used: gathered over `fsdp`."""
-    return spec(*(None if axis == GATHERED else axis for axis in _axes(variable)))
+    """Where a weight lies while it is used: no longer cut as ZeRO-3 cuts it."""
+    return spec(*(None if axis in GATHERED else axis for axis in _axes(variable)))
 
 
 def unshard(module):
-    """Gathers a layer's weights over `fsdp` (backward: reduce-scatters their gradients)."""
+    """Gathers a layer's weights (backward: reduce-scatters their gradients)."""
     if not active():
         return module
     return jax.tree.map(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from dsjax import losses, optim, sharding
 from dsjax.losses import Batch
 from dsjax.model import Transformer
-from dsjax.params import RouterBias, cast
+from dsjax.params import RouterBias
 from dsjax.run import Run
 
 COMPUTE_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
@@ -77,17 +77,23 @@ def make_init(run: Run, placement: TrainState) -> Callable[[], TrainState]:
 
 
 def forward(
-    model: Transformer, batch: Batch, *, remat: str
+    model: Transformer, batch: Batch, *, remat: str = "none", dtype: jnp.dtype | None = None
 ) -> tuple[tuple[Float[Array, ""], ...], Sums]:
-    """Summed cross-entropy of every depth, and the other sums, for one micro-batch."""
-    places = batch.places
+    """Summed cross-entropy of every depth, and the other sums, for one micro-batch.
+
+    Computed in `dtype`; None is that of the weights.
+    """
     wanted = [losses.targets(batch, depth) for depth in range(len(model.mtp) + 1)]
-    main = model.hidden(batch.tokens_BT, places, remat=remat)
+    batch, places, wanted = losses.balanced(batch, wanted)
+    main = model.hidden(batch.tokens_BT, places, remat=remat, dtype=dtype)
     # Depth k reads token i + k, which is what depth k - 1 had to predict.
     next_tokens = [tokens_BT for tokens_BT, _ in wanted[:-1]]
-    states, mtp_stats = model.mtp_hidden(main.hidden_BTD, next_tokens, places, remat=remat)
+    states, mtp_stats = model.mtp_hidden(
+        main.hidden_BTD, next_tokens, places, remat=remat, dtype=dtype
+    )
+    head_DV = model.lm_head[...].astype(dtype or model.lm_head.dtype)
     outcomes = [
-        losses.cross_entropy(hidden_BTD, model.lm_head[...], *wanted[depth])
+        losses.cross_entropy(hidden_BTD, head_DV, *wanted[depth])
         for depth, hidden_BTD in enumerate([main.hidden_BTD, *states])
     ]
     nats, correct = zip(*outcomes, strict=True)
@@ -138,8 +144,8 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], t
         alpha = run.objective.balance_weight / totals.rows
 
         def loss(params, micro: Batch):
-            model = cast(nnx.merge(graph, params, biases), dtype)
-            nats, sums = forward(model, micro, remat=run.remat)
+            model = nnx.merge(graph, params, biases)
+            nats, sums = forward(model, micro, remat=run.remat, dtype=dtype)
             terms = zip(weights, nats, totals.targets, strict=True)
             # A batch may hold no target of a deep MTP module at all.
             entropy = sum(w * n / jnp.maximum(total, 1) for w, n, total in terms)
@@ -183,9 +189,9 @@ def make_eval_step(run: Run) -> Callable[[Transformer, Batch], tuple]:
     dtype = COMPUTE_DTYPES[run.precision]
 
     def step(model: Transformer, batch: Batch):
-        model = cast(model, dtype)
-        hidden_BTD = model.hidden(batch.tokens_BT, batch.places).hidden_BTD
-        nats, _ = losses.cross_entropy(hidden_BTD, model.lm_head[...], *losses.targets(batch, 0))
+        hidden_BTD = model.hidden(batch.tokens_BT, batch.places, dtype=dtype).hidden_BTD
+        head_DV = model.lm_head[...].astype(dtype)
+        nats, _ = losses.cross_entropy(hidden_BTD, head_DV, *losses.targets(batch, 0))
         return nats, losses.target_count(batch, 0)
 
     return jax.jit(step)

@@ -3,12 +3,14 @@
 import functools
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import jax
 import optax.tree
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import golden
 
@@ -76,6 +78,19 @@ def pytest_configure(config: pytest.Config) -> None:
 def golden_dir(pytestconfig: pytest.Config) -> Path:
     """The folder of goldens to test against; `make parity` points it at fresh ones."""
     return pytestconfig.getoption("goldens").resolve()
+
+
+@pytest.fixture(scope="module")
+def uncached() -> Iterator[None]:
+    """Compiles anew what runs on several virtual devices.
+
+    jaxlib 0.12: such a program from the persistent cache may wait for itself for ever. (2026-11)
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

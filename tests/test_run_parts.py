@@ -2,16 +2,17 @@
 
 import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
-from dsjax import batches, metrics
+from dsjax import batches, metrics, sharding
 from dsjax.config import Mla
 from dsjax.data import Row
 from dsjax.guard import LossGuard
 from dsjax.model import REMAT
-from dsjax.run import PRECISIONS, REMATS, BatchShape, Guard
+from dsjax.run import PRECISIONS, REMATS, BatchShape, Guard, profiled_steps
 from dsjax.train_step import COMPUTE_DTYPES
 
 ATTENTION = Mla(
@@ -36,14 +37,45 @@ def test_metrics_read_back_bit_identical(tmp_path):
 def test_reopened_log_forgets_the_steps_that_run_again(tmp_path):
     log = metrics.MetricsLog(tmp_path)
     log.write({"step": 1, "loss": 1.0})
-    position = log.position
     log.write({"step": 2, "loss": 2.0})
     log.close()
-    log = metrics.MetricsLog(tmp_path, position=position, step=1)
-    assert log.position == position
+    with (tmp_path / metrics.METRICS_FILE).open("a") as file:
+        file.write('{"step": 3, "lo')
+    log = metrics.MetricsLog(tmp_path, step=1, record={"step": 1, "loss": 9.0})
     log.write({"step": 2, "loss": 3.0})
     log.close()
     assert [record["loss"] for record in metrics.read(tmp_path)] == [1.0, 3.0]
+    metrics.MetricsLog(tmp_path).close()
+    assert metrics.read(tmp_path) == []
+
+
+def test_reopened_log_has_the_line_of_the_checkpoint_that_was_not_written(tmp_path):
+    log = metrics.MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    log = metrics.MetricsLog(tmp_path, step=2, record={"step": 2, "loss": 2.0})
+    log.write({"step": 3, "loss": 3.0})
+    log.close()
+    assert [record["loss"] for record in metrics.read(tmp_path)] == [1.0, 2.0, 3.0]
+
+
+def test_goodput_by_hand(monkeypatch):
+    monkeypatch.setattr(metrics.time, "time", lambda: 1100.0)
+    goodput = metrics.Goodput(1000.0, 20.0)
+    assert goodput.after(0.0) == pytest.approx(0.2)
+    assert goodput.after(5.0) == pytest.approx(0.25)
+    assert goodput.productive_seconds == 25.0
+
+
+@pytest.mark.parametrize("profile", ["10", "10:10", "0:5", "a:b", "5:3", ":4", "-1:4"])
+def test_profiles_that_name_no_steps(profile):
+    with pytest.raises(ValueError, match="FIRST:END"):
+        profiled_steps(profile)
+
+
+def test_a_profile_counts_steps_from_one_and_leaves_the_end_out():
+    assert list(profiled_steps("10:15")) == [10, 11, 12, 13, 14]
+    assert not profiled_steps(None)
 
 
 def test_load_statistics_by_hand():
@@ -51,6 +83,9 @@ def test_load_statistics_by_hand():
     got = metrics.load_statistics([stack, np.array([17.0, 1.0, 1.0, 0.0])])
     assert got["load_max_over_mean"] == pytest.approx([1.0, 2.0, 4 * 17 / 19])
     assert got["load_entropy"][:2] == pytest.approx([1.0, math.log(2) / math.log(4)])
+    assert got["load_device_max_over_mean"] == [1.0, 1.0, 1.0]
+    on_two = metrics.load_statistics([stack, np.array([17.0, 1.0, 1.0, 0.0])], devices=2)
+    assert on_two["load_device_max_over_mean"] == pytest.approx([1.0, 2.0, 2 * 18 / 19])
     assert metrics.load_statistics([]) == {}
 
 
@@ -78,6 +113,25 @@ def row(tokens, segments, documents, offsets) -> Row:
         documents_T=np.array(documents, np.int32),
         offsets_T=np.array(offsets, np.int32),
     )
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_rows_lie_in_their_order_and_empty_places_are_padding(mesh):
+    mesh = sharding.make_mesh(**mesh)
+    rows = [
+        Row(**{field.name: np.arange(4, dtype=np.int32) + 10 * number for field in fields(Row)})
+        for number in range(1, 9)
+    ]
+    shape = BatchShape(size=16, length=4, micro=8, ramp_from=8, ramp_until=1.0)
+    by_hand = np.zeros((2, 8, 4), np.int32)
+    by_hand[0] = np.arange(4) + 10 * np.arange(1, 9)[:, None]
+    batch = batches.training_batch(rows, shape, mesh)
+    for name in ("tokens_BT", "segments_BT", "positions_BT"):
+        np.testing.assert_array_equal(getattr(batch, name), by_hand)
+    part = batches.evaluation_batch(rows[:3], shape, mesh)
+    by_hand[0, 3:] = 0
+    np.testing.assert_array_equal(part.tokens_BT, by_hand[0])
+    assert part.tokens_BT.sharding.mesh == mesh
 
 
 def test_ramp_grows_in_whole_micro_batches():

@@ -64,7 +64,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 def undisturbed(tmp_path_factory, compiled) -> Path:
     """A run that nothing interrupts."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
-    done = train(run_dir, compiled)
+    done = train(run_dir, compiled, "profile=3:5")
     assert done.returncode == 0, done.stderr
     return run_dir
 
@@ -97,6 +97,7 @@ def test_run_folder_holds_everything(undisturbed):
     assert {"run.json", "metrics.jsonl", "tensorboard", "loss.png", "checkpoints"} <= made
     assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((undisturbed / "tensorboard").glob("events*"))
+    assert list((undisturbed / "profile").glob("**/*.xplane.pb"))
     records = lines(undisturbed)
     assert [record["step"] for record in records] == list(range(1, 25))
     assert all("loss" in record for record in records)
@@ -104,6 +105,9 @@ def test_run_folder_holds_everything(undisturbed):
     assert {record["dropped_tokens"] for record in records} == {0.0}
     assert len(records[0]["load_entropy"]) == 3, "two MoE layers and the MTP module"
     assert [r["step"] for r in lines(undisturbed) if "held_out_loss" in r] == [12, 24]
+    saved = [r["step"] for r in lines(undisturbed) if r.get("checkpoint_blocked_seconds", 0) > 0]
+    assert saved == [5, 10, 15, 20, 24]
+    assert 0 < records[-1]["goodput"] < 1
 
 
 def test_batch_size_ramp_shows_in_the_tokens(undisturbed):
@@ -188,6 +192,7 @@ def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
         (["tests/micro_run.py", "precision=fp16"], "bf16"),
         (["tests/micro_run.py", "mesh.tensor=3"], "mesh.tensor=3"),
         (["tests/micro_run.py", "sample.max_new_tokens=9999"], "max_new_tokens=9999"),
+        (["tests/micro_run.py", "process_id=1"], "give all three"),
         (["configs/nothing.py"], "configs/tiny.py"),
         ([], "usage"),
     ],
@@ -240,7 +245,10 @@ def test_trains_on_a_folder_of_documents_with_a_real_tokenizer(compiled, tmp_pat
         FILES_RUN.format(folder=str(folder), tokenizer=str(tmp_path / "tokenizer.json"))
     )
     done = subprocess.run(
-        [sys.executable, "train.py", str(run_file), f"run_dir={tmp_path / 'run'}"],
+        [
+            *(sys.executable, "train.py", str(run_file), f"run_dir={tmp_path / 'run'}"),
+            *("checkpoint.every_minutes=1e-6", f"compilation_cache={tmp_path / 'programs'}"),
+        ],
         cwd=ROOT,
         env=environment(compiled),
         capture_output=True,
@@ -249,6 +257,9 @@ def test_trains_on_a_folder_of_documents_with_a_real_tokenizer(compiled, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+    # Every step was worth a save: with the clock, checkpoint.every=5 is not what counts.
+    assert all("checkpoint_blocked_seconds" in record for record in lines(tmp_path / "run"))
+    assert list((tmp_path / "programs").iterdir())
     assert "bits per byte" in done.stdout
 
 
@@ -262,7 +273,7 @@ def test_help_lists_every_key():
     done = subprocess.run(
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for key in ("steps", "run_dir", "precision", "checkpoint.every", "mesh.context"):
+    for key in ("steps", "run_dir", "precision", "checkpoint.every", "mesh.context", "coordinator"):
         assert key in done.stdout
 
 

@@ -9,17 +9,10 @@ from dsjax import config, sharding
 from dsjax.hf import fp8, names
 from dsjax.model import abstract
 from dsjax.params import FullPrecision, RouterBias
+from dsjax.plan import chips
 
-# Bytes of memory per chip, by the vendors' data sheets.
-CHIPS = {
-    "TPU v5e": 16e9,
-    "TPU v5p": 95e9,
-    "TPU v6e": 32e9,
-    "TPU7x": 192e9,
-    "H100": 80e9,
-    "H200": 141e9,
-    "B200": 180e9,
-}
+# Bytes of memory per chip.
+CHIPS = {chip.name: chip.hbm * chip.devices for chip in chips.CHIPS}
 # What weights may take of it; activations and caches need the rest.
 FOR_WEIGHTS = 0.9
 MOST_CHIPS = 4096
@@ -67,7 +60,7 @@ def weights(model: config.Model, *, is_fp8: bool) -> list[Weight]:
         axes = (None,) * (variable.ndim - len(variable.axes)) + tuple(variable.axes)
         stored = tuple(sharding.RULES.get(axis, ()) for axis in axes)
         used = tuple(
-            () if axis == sharding.GATHERED else cut for axis, cut in zip(axes, stored, strict=True)
+            () if axis in sharding.GATHERED else cut for axis, cut in zip(axes, stored, strict=True)
         )
         layers = variable.shape[0] if "l" in sources[path].stacked else 1
         group = ".".join(parts[:depth])

@@ -2,7 +2,7 @@
 
 from dsjax.data.dataset import Dataset, open_data
 from dsjax.data.entropy import bigram_bits_per_byte
-from dsjax.data.rows import Row, RowIterator
+from dsjax.data.rows import Row, RowIterator, merged
 from dsjax.data.tokenizers import Bytes, HuggingFace, TextStream, load_tokenizer
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "TextStream",
     "bigram_bits_per_byte",
     "load_tokenizer",
+    "merged",
     "open_data",
 ]

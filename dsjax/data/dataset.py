@@ -21,7 +21,8 @@ HELD_OUT_TOKENS = 2_000_000
 class Dataset:
     """Documents split in two by a fixed rule, and the tokenizer that turns them into rows of T.
 
-    `train`, `held_out`: document numbers, disjoint. `source`: fingerprint of both.
+    `train`, `held_out`: document numbers, disjoint. `source`: fingerprint of both. `streams`: how
+    many packers the training rows come from in turn.
     """
 
     documents: Documents
@@ -30,6 +31,7 @@ class Dataset:
     train: np.ndarray
     held_out: np.ndarray
     source: str
+    streams: int
 
     def train_rows(self, seed: int) -> RowIterator:
         """Endless rows of the training documents, shuffled anew by `seed` in every epoch."""
@@ -40,6 +42,7 @@ class Dataset:
             length=self.length,
             seed=seed,
             source=self.source,
+            streams=self.streams,
         )
 
     def held_out_rows(self, count: int) -> list[Row]:
@@ -79,6 +82,8 @@ def open_data(spec: StandardLibrary | Files, *, length: int, vocab_size: int) ->
         raise ValueError(f"length={length} must be at least 1 token")
     if not 0.0 <= spec.held_out < 1.0:
         raise ValueError(f"data.held_out={spec.held_out} is a share: 0.0 or more and below 1.0")
+    if spec.streams < 1:
+        raise ValueError(f"data.streams={spec.streams} must be at least 1")
     match spec:
         case StandardLibrary():
             tokenizer, documents = Bytes(), standard_library_documents()
@@ -106,4 +111,5 @@ def open_data(spec: StandardLibrary | Files, *, length: int, vocab_size: int) ->
         train=np.flatnonzero(~held_out),
         held_out=np.flatnonzero(held_out),
         source=f"{fingerprint}:held_out={spec.held_out}",
+        streams=spec.streams,
     )

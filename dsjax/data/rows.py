@@ -1,11 +1,12 @@
 """Documents shuffled, tokenized and packed into rows of equal length, resumable at any row.
 
-The order of rows is a pure function of documents, tokenizer, length and seed: no process count
-enters it, so any number of processes can each walk the same stream and keep their share.
+The order of rows is a pure function of documents, tokenizer, length, seed and the number of
+streams: no process count enters it. Row r is the next one of stream r % streams, so a process packs
+only the streams that it has rows of, and any number of processes make the same rows.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,7 +17,8 @@ from dsjax.data.tokenizers import Bytes, HuggingFace
 # Columns of the array that goes through grain's packer, which splits all of them alike.
 TOKEN, DOCUMENT, OFFSET = range(3)
 PIECE = "piece"
-STREAMS = 16
+# Streams of a process that read ahead, each with a thread of its own.
+THREADS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +44,8 @@ class RowIterator:
     Rows come in turn from `streams` packers, each with its own share of the documents: a long
     document fills many rows, and taken one after the other they would fill whole batches.
     `get_state()` is a small dict for JSON; after `set_state()` of it, here or in another process,
-    `next()` gives what would have come next.
+    `next()` gives what would have come next. Where processes share the rows, each has the state of
+    its own streams only, and `merged` puts these together.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class RowIterator:
         length: int,
         seed: int,
         source: str,
-        streams: int = STREAMS,
+        streams: int,
     ):
         """`chosen`: numbers of the documents to read. `source`: their fingerprint."""
         import grain
@@ -63,12 +66,14 @@ class RowIterator:
             raise ValueError(f"seed={seed} must lie between 0 and 2**32 - 1")
         streams = min(streams, len(chosen))
         mixed = np.random.default_rng(seed).permutation(chosen)
-        orders = [
-            grain.MapDataset.source(mixed[first::streams]).seed(seed).shuffle().repeat()
-            for first in range(streams)
-        ]
-        self._packers = [iter(_packed(order, documents, tokenizer, length)) for order in orders]
-        self._turn = 0
+
+        def packer(stream: int, threads: int):
+            share = grain.MapDataset.source(mixed[stream::streams])
+            order = share.seed(seed).shuffle().repeat()
+            return iter(_packed(order, documents, tokenizer, length, threads=threads))
+
+        self._new_packer, self._streams = packer, streams
+        self._restart(0, [None] * streams)
         self._made_for = {
             "source": source,
             "tokenizer": tokenizer.fingerprint,
@@ -81,13 +86,21 @@ class RowIterator:
         return self
 
     def __next__(self) -> Row:
-        row = _row(next(self._packers[self._turn]))
-        self._turn = (self._turn + 1) % len(self._packers)
+        (row,) = self.take(1, [0])
         return row
 
+    def take(self, count: int, wanted: Collection[int]) -> list[Row | None]:
+        """The next `count` rows; None at the places that are not `wanted`, which cost nothing."""
+        taken = [
+            self._made(self._next + place) if place in wanted else None for place in range(count)
+        ]
+        self._next += count
+        return taken
+
     def get_state(self) -> dict:
-        packers = [packer.get_state() for packer in self._packers]
-        return {**self._made_for, "turn": self._turn, "packers": packers}
+        """Of a stream with rows that were not wanted here, the state is None."""
+        packers = [self._state(stream) for stream in range(self._streams)]
+        return {**self._made_for, "turn": self._next % self._streams, "packers": packers}
 
     def set_state(self, state: dict) -> None:
         """ValueError if the state was saved over other documents, tokenizer, length or seed."""
@@ -102,12 +115,51 @@ class RowIterator:
                 "Continue with the data, tokenizer, batch.length and seed of the saved run, or "
                 "start a new run_dir"
             )
-        self._turn = state["turn"]
-        for packer, saved in zip(self._packers, state["packers"], strict=True):
-            # A packer tells "nothing left over" by comparing with a tuple; JSON knows only lists,
-            # and a list would make it drop a whole document.
-            spans = {key: tuple(span) for key, span in saved["remainder_slices"].items()}
-            packer.set_state({**saved, "remainder_slices": spans})
+        self._restart(state["turn"], state["packers"])
+
+    def _restart(self, turn: int, saved: list[dict | None]) -> None:
+        """Rows are counted from the last one whose turn was stream 0."""
+        self._next, self._saved = turn, saved
+        self._packers = {}
+        self._counts = [self._due(stream) for stream in range(self._streams)]
+
+    def _due(self, stream: int) -> int:
+        """Rows of the stream before the next one."""
+        return (self._next - stream + self._streams - 1) // self._streams
+
+    def _state(self, stream: int) -> dict | None:
+        if self._counts[stream] != self._due(stream):
+            return None
+        untouched = stream not in self._packers and self._saved[stream] is not None
+        return self._saved[stream] if untouched else self._packer(stream).get_state()
+
+    def _made(self, number: int) -> Row:
+        stream = number % self._streams
+        packer = self._packer(stream)
+        # Rows of the same stream that others wanted.
+        while self._counts[stream] < number // self._streams:
+            next(packer)
+            self._counts[stream] += 1
+        self._counts[stream] += 1
+        return _row(next(packer))
+
+    def _packer(self, stream: int):
+        if stream not in self._packers:
+            packer = self._new_packer(stream, threads=int(len(self._packers) < THREADS))
+            if (saved := self._saved[stream]) is not None:
+                # A packer tells "nothing left over" by comparing with a tuple; JSON knows only
+                # lists, and a list would make it drop a whole document.
+                spans = {key: tuple(span) for key, span in saved["remainder_slices"].items()}
+                packer.set_state({**saved, "remainder_slices": spans})
+            self._packers[stream] = packer
+        return self._packers[stream]
+
+
+def merged(states: Sequence[dict]) -> dict:
+    """One state of the states that the processes have after the same row, each made by some."""
+    streams = zip(*(state["packers"] for state in states), strict=True)
+    packers = [next(packer for packer in known if packer is not None) for known in streams]
+    return {**states[0], "packers": packers}
 
 
 def rows_once(
@@ -125,7 +177,9 @@ def rows_once(
             yield row
 
 
-def _packed(order, documents: Documents, tokenizer: Bytes | HuggingFace, length: int):
+def _packed(
+    order, documents: Documents, tokenizer: Bytes | HuggingFace, length: int, *, threads: int = 1
+):
     """grain dataset of packed rows over a grain dataset of document numbers."""
     import grain
 
@@ -142,7 +196,7 @@ def _packed(order, documents: Documents, tokenizer: Bytes | HuggingFace, length:
         return {PIECE: piece}
 
     # A thread for each stream keeps a document or two ahead and leaves the cores to the step.
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     pieces = order.map(tokenize).to_iter_dataset(ahead)
     return grain.experimental.ConcatThenSplitIterDataset(pieces, length_struct={PIECE: length})
 

@@ -3,19 +3,22 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from dsjax import sharding
+from dsjax.nn import zigzag
 
 
 class Places(NamedTuple):
     """Where tokens stand: rotary `positions_BT`, and `segments_BT`, the document of each (0: pad).
 
-    `segments_BT=None` says that each row is one document.
+    `segments_BT=None` says that each row is one document. `index_BT` is the place of each token in
+    its row where rows lie as `dsjax.nn.zigzag` has it; None: they lie in sequence.
     """
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None = None
+    index_BT: Int[Array, "B T"] | None = None
 
 
 class Visibility(NamedTuple):
@@ -36,10 +39,19 @@ class Visibility(NamedTuple):
 
 def within_rows(places: Places) -> Visibility:
     """Every token of the rows is query and key; order is the place in the row."""
-    index_1T = jnp.arange(places.positions_BT.shape[1], dtype=jnp.int32)[None]
+    index_1S = jnp.arange(places.positions_BT.shape[1], dtype=jnp.int32)[None]
+    query_BT = index_1S if places.index_BT is None else places.index_BT
     segments = places.segments_BT
-    key_segments = None if segments is None else sharding.reshard(segments, "batch", None)
-    return Visibility(index_1T, index_1T, segments, key_segments)
+    key_segments = None if segments is None else whole_rows(segments, places)
+    return Visibility(query_BT, index_1S, segments, key_segments)
+
+
+def whole_rows(x: Shaped[Array, "B T *_"], places: Places) -> Shaped[Array, "B S *_"]:
+    """What belongs to the tokens of whole rows, gathered and in sequence, on every device."""
+    x = sharding.reshard(x, "batch", *(None,) * (x.ndim - 1))
+    if places.index_BT is None:
+        return x
+    return zigzag.in_sequence(x, sharding.axis_size("context"))
 
 
 def over_cache(places: Places, num_slots: int) -> Visibility:

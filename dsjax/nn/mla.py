@@ -9,17 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax import sharding
 from dsjax.config import Mla
 from dsjax.nn import masks, rope
 from dsjax.nn.attend import attend
+from dsjax.nn.causal import causal
 from dsjax.nn.masks import Places
 from dsjax.nn.norm import RMSNorm
+from dsjax.nn.remat import LATENTS
 from dsjax.params import normal
-
-HEADS = ("batch", "length", "heads", None)
 
 
 class LatentCache(NamedTuple):
@@ -39,6 +40,7 @@ class DirectQuery(nnx.Module):
         )
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N HR"]:
+        x_BTD = sharding.reshard(x_BTD, "batch", "length", None)
         return jnp.einsum("BTD,DNX->BTNX", x_BTD, self.q_proj[...])
 
 
@@ -55,6 +57,9 @@ class LatentQuery(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N HR"]:
         latent_BTQ = self.q_a_norm(jnp.einsum("BTD,DQ->BTQ", x_BTD, self.q_a_proj[...]))
+        # Every head needs every token, and this is the narrowest that a token gets.
+        latent_BTQ = sharding.reshard(latent_BTQ, "batch", "length", None)
+        latent_BTQ = checkpoint_name(latent_BTQ, LATENTS)
         return jnp.einsum("BTQ,QNX->BTNX", latent_BTQ, self.q_b_proj[...])
 
 
@@ -101,6 +106,8 @@ class MlaAttention(nnx.Module):
         q_rope_BTNR = rope.rotate(query_BTNX[..., nope:], places.positions_BT, self.config.rope)
 
         joint_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, self.kv_a_proj[...])
+        joint_BTX = sharding.reshard(joint_BTX, "batch", "length", None)
+        joint_BTX = checkpoint_name(joint_BTX, LATENTS)
         latent_BTC = self.kv_a_norm(joint_BTX[..., :rank])
         rope_BTR = rope.rotate(joint_BTX[:, :, None, rank:], places.positions_BT, self.config.rope)[
             :, :, 0
@@ -108,17 +115,17 @@ class MlaAttention(nnx.Module):
 
         if cache is None:
             # Under context parallelism this gathers C + R numbers per token, not keys and values.
-            latent_BSC = sharding.reshard(latent_BTC, "batch", None, None)
-            rope_BSR = sharding.reshard(rope_BTR, "batch", None, None)
-            visibility = masks.within_rows(places)
-            out_BTNW = self.expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility)
+            latent_BSC = masks.whole_rows(latent_BTC, places)
+            rope_BSR = masks.whole_rows(rope_BTR, places)
+            out_BTNW = self.expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, places, causal)
         else:
             cache = _write(cache, latent_BTC, rope_BTR, places.positions_BT[:, 0])
             visibility = masks.over_cache(places, cache.latent_BSC.shape[1])
             path = self.absorbed if self._absorbing_pays(x_BTD.shape[1]) else self.expanded
             out_BTNW = path(q_nope_BTNH, q_rope_BTNR, *cache, visibility)
+        residual = sharding.residual(x_BTD.shape[1])
         y_BTD = sharding.einsum(
-            "BTNW,NWD->BTD", out_BTNW, self.o_proj[...], axes=("batch", "length", None)
+            "BTNW,NWD->BTD", out_BTNW, self.o_proj[...], axes=("batch", residual, None)
         )
         return y_BTD, cache
 
@@ -131,28 +138,28 @@ class MlaAttention(nnx.Module):
         head = self.config.qk_nope_head_dim + value
         return num_queries * (2 * rank - head) <= rank * head
 
-    def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility):
-        """Multi-head attention over keys and values unfolded from the latents: [B, T, N, W]."""
+    def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen, attention=attend):
+        """Multi-head `attention` over keys and values unfolded from the latents: [B, T, N, W]."""
         nope = self.config.qk_nope_head_dim
         keys_values_BSNX = jnp.einsum("BSC,CNX->BSNX", latent_BSC, self.kv_b_proj[...])
-        return attend(
+        return attention(
             (q_nope_BTNH, q_rope_BTNR),
             (keys_values_BSNX[..., :nope], rope_BSR),
             keys_values_BSNX[..., nope:],
-            visibility,
+            seen,
             scale=self.scale,
         )
 
-    def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility):
+    def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen, attention=attend):
         """The same with W_UK folded into the query and W_UV into the output: [B, T, N, W]."""
         nope = self.config.qk_nope_head_dim
         up_key_CNH, up_value_CNW = self.kv_b_proj[..., :nope], self.kv_b_proj[..., nope:]
         q_latent_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, up_key_CNH)
-        out_BTNC = attend(
+        out_BTNC = attention(
             (q_latent_BTNC, q_rope_BTNR),
             (latent_BSC, rope_BSR),
             latent_BSC,
-            visibility,
+            seen,
             scale=self.scale,
         )
         return jnp.einsum("BTNC,CNW->BTNW", out_BTNC, up_value_CNW)

@@ -17,8 +17,10 @@ class SwiGlu(nnx.Module):
         self.down_proj = normal(rngs, (width, hidden_size), ("ffn", "embed"), std=std)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        residual = sharding.residual(x_BTD.shape[1])
+        x_BTD = sharding.reshard(x_BTD, "batch", "length", None)
         pair_BTPF = jnp.einsum("BTD,DPF->BTPF", x_BTD, self.gate_up_proj[...])
         hidden_BTF = jax.nn.silu(pair_BTPF[:, :, 0]) * pair_BTPF[:, :, 1]
         return sharding.einsum(
-            "BTF,FD->BTD", hidden_BTF, self.down_proj[...], axes=("batch", "length", None)
+            "BTF,FD->BTD", hidden_BTF, self.down_proj[...], axes=("batch", residual, None)
         )

@@ -1,5 +1,6 @@
 """Mixture of experts: router, routed experts across the mesh, shared experts."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from dsjax import sharding
 from dsjax.config import Moe
 from dsjax.nn.balance import sequence_balance_loss, times_chosen
 from dsjax.nn.dispatch import dispatch
+from dsjax.nn.dispatch.parts import own_pairs, own_part, whole
+from dsjax.nn.dispatch.rows import Group, Rows, fan_out
 from dsjax.nn.mlp import SwiGlu
 from dsjax.nn.router import GATES
 from dsjax.params import normal
@@ -37,16 +40,16 @@ class Experts(nnx.Module):
     def __init__(self, config: Moe, hidden_size: int, *, std: float, rngs: nnx.Rngs):
         num, width = config.num_experts, config.intermediate_size
         self.gate_up_proj = normal(
-            rngs, (num, hidden_size, 2, width), ("experts", "embed", None, "ffn"), std=std
+            rngs, (num, hidden_size, 2, width), ("experts", "expert_embed", None, None), std=std
         )
         self.down_proj = normal(
-            rngs, (num, width, hidden_size), ("experts", "ffn", "embed"), std=std
+            rngs, (num, width, hidden_size), ("experts", None, "expert_embed"), std=std
         )
 
-    def __call__(self, rows_MD, sizes_E):
+    def __call__(self, x_UD, size_E):
         gate_up_EDX = rearrange(self.gate_up_proj[...], "e d p f -> e d (p f)")
-        gate_MF, up_MF = jnp.split(grouped_matmul(rows_MD, gate_up_EDX, sizes_E), 2, axis=-1)
-        return grouped_matmul(jax.nn.silu(gate_MF) * up_MF, self.down_proj[...], sizes_E)
+        gate_UF, up_UF = jnp.split(grouped_matmul(x_UD, gate_up_EDX, size_E), 2, axis=-1)
+        return grouped_matmul(jax.nn.silu(gate_UF) * up_UF, self.down_proj[...], size_E)
 
 
 class MoeFfn(nnx.Module):
@@ -69,20 +72,36 @@ class MoeFfn(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], counted_BT: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], MoeStats]:
         """The layer's output and its statistics over the `counted_BT` tokens (padding is not)."""
-        tokens = sharding.spec("batch", "length", None)
+        residual = sharding.residual(x_BTD.shape[1])
+        tokens = sharding.spec("batch", residual)
         weights = jax.tree.map(sharding.compute_spec, self.experts, is_leaf=sharding.is_variable)
         routed = sharding.local(
-            _routed,
-            in_specs=(P(), weights, tokens, sharding.spec("batch", "length")),
+            functools.partial(
+                _routed, length_axes=sharding.RULES[residual], fan_out=self._fan_out()
+            ),
+            in_specs=(P(), weights, tokens, tokens),
             out_specs=(tokens, MoeStats(P(), sharding.spec("batch"), P())),
         )
+        x_BTD = sharding.reshard(x_BTD, "batch", residual, None)
+        counted_BT = sharding.reshard(counted_BT, "batch", residual)
         y_BTD, stats = routed(self.router, self.experts, x_BTD, counted_BT)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, stats
 
+    def _fan_out(self) -> int:
+        """See `fan_out`, for the devices that share these experts."""
+        router = self.config.router
+        return fan_out(
+            num_experts=self.config.num_experts,
+            num_chosen=self.config.num_chosen,
+            num_groups=router.num_groups,
+            kept_groups=router.kept_groups,
+            size=math.prod(map(sharding.axis_size, sharding.RULES["experts"])),
+        )
 
-def _routed(router, experts: Experts, x_BTD, counted_BT):
+
+def _routed(router, experts: Experts, x_BTD, counted_BT, *, length_axes, fan_out: int):
     """The routed part on one device: its tokens, and its slice of the experts."""
     batch = x_BTD.shape[0]
     x_MD = rearrange(x_BTD, "b t d -> (b t) d")
@@ -91,44 +110,27 @@ def _routed(router, experts: Experts, x_BTD, counted_BT):
     def in_rows(x):
         return rearrange(x, "(b t) ... -> b t ...", b=batch)
 
-    # Routed before gathering: the gate runs once per token, its decision travels with the row.
-    rows = sharding.varying((x_MD, routing.choice_MK, routing.weight_MK), "tensor")
-    rows = _gathered(rows)
-    experts = sharding.varying(experts, "data", "fsdp", "context")
-    num_local = experts.down_proj.shape[0]
-    first = jax.lax.axis_index("expert") * num_local if sharding.cut("expert") else 0
-    y_MD, given = dispatch(*rows, experts, first_expert=first, num_experts=num_local)
-    y_BTD = in_rows(_returned(y_MD))
-
     num_experts = routing.share_ME.shape[-1]
+    token_axes = (*sharding.BATCH_AXES, *length_axes)
+    others = tuple(axis for axis in sharding.cut(*sharding.AXES) if axis not in token_axes)
+    # Routed before it travels: the gate runs once per token, its decision goes with the row.
+    rows = own_part(Rows(x_MD, routing.choice_MK, routing.weight_MK), others, num_experts)
+    group = Group(
+        axes=sharding.cut(*sharding.RULES["experts"]),
+        num_local=experts.down_proj.shape[0],
+        fan_out=fan_out,
+    )
+    elsewhere = (axis for axis in sharding.AXES if axis not in sharding.RULES["experts"])
+    y_MD, given = dispatch(rows, sharding.varying(experts, *elsewhere), group)
+    y_BTD = in_rows(whole(y_MD, others)[: x_MD.shape[0]])
+
     load_BE = times_chosen(in_rows(routing.choice_MK), counted_BT, num_experts)
     balance_B = sequence_balance_loss(
         in_rows(routing.share_ME),
         in_rows(routing.wanted_MK),
         counted_BT,
-        lambda x: sharding.summed(x, "context"),
+        lambda x: sharding.summed(x, *length_axes),
     )
-    load_E = sharding.summed(load_BE.sum(0), *sharding.TOKEN_AXES)
-    return y_BTD, MoeStats(load_E, balance_B, _dropped(routing.choice_MK, given))
-
-
-def _dropped(choice_MK, given):
-    """Pairs of all devices less what their experts were given; `tensor` holds each pair once."""
-    pairs = choice_MK.size * math.prod(map(sharding.axis_size, sharding.TOKEN_AXES))
-    handled = sharding.summed(given, *sharding.AXES) // sharding.axis_size("tensor")
-    return (pairs - handled).astype(jnp.float32)
-
-
-def _gathered(rows):
-    """Each device sees the tokens of all devices along `expert`."""
-    if not sharding.cut("expert"):
-        return rows
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, "expert", axis=0, tiled=True), rows)
-
-
-def _returned(y_MD):
-    """Partial sums over experts and over expert width, back to the device that owns the token."""
-    y_MD = sharding.summed(y_MD, "tensor")
-    if not sharding.cut("expert"):
-        return y_MD
-    return jax.lax.psum_scatter(y_MD, "expert", scatter_dimension=0, tiled=True)
+    load_E = sharding.summed(load_BE.sum(0), *token_axes)
+    dropped = sharding.summed(own_pairs(routing.choice_MK, others) - given, *sharding.AXES)
+    return y_BTD, MoeStats(load_E, balance_B, dropped.astype(jnp.float32))

@@ -3,6 +3,7 @@
 import jax
 from jax import Array
 
+from pallas_kernels import select
 from pallas_kernels.grouped_matmul.blocks import blocks
 from pallas_kernels.grouped_matmul.ragged import ragged
 from pallas_kernels.grouped_matmul.reference import reference
@@ -27,8 +28,8 @@ def grouped_matmul(
             f"grouped_matmul wants x [M, K], w [G, K, N], sizes [G]; got {x_MK.shape}, "
             f"{w_GKN.shape}, {sizes_G.shape}"
         )
-    if implementation is None:
+    chosen = select.named("grouped_matmul", IMPLEMENTATIONS, implementation)
+    if chosen is None:
+        # All of them run everywhere: which is fast is known when the platform is.
         return jax.lax.platform_dependent(x_MK, w_GKN, sizes_G, tpu=ragged, default=blocks)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[implementation](x_MK, w_GKN, sizes_G)
+    return chosen(x_MK, w_GKN, sizes_G)

@@ -51,7 +51,7 @@ def _in_blocks(x_MK: Array, layout: _Layout) -> Array:
 def _in_rows(blocks_GBN: Array, layout: _Layout, num_rows: int) -> Array:
     """Back from blocks to M rows; rows that had no place in a block are zeros."""
     row_M = jnp.arange(num_rows, dtype=jnp.int32)
-    group_M = (row_M[:, None] >= layout.end_G[None]).sum(1)
+    group_M = (row_M[:, None] >= layout.end_G[None]).sum(1, dtype=jnp.int32)
     group_M = jnp.minimum(group_M, layout.end_G.shape[0] - 1)
     place_M = row_M - layout.start_G[group_M]
     placed_M = (place_M < layout.room) & (row_M < layout.end_G[-1])

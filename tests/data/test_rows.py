@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from dsjax.data import Bytes, RowIterator
+from dsjax.data import Bytes, RowIterator, merged
 from dsjax.data.documents import Documents
 from dsjax.data.files import WholeFile
 from dsjax.data.rows import rows_once
@@ -178,3 +178,62 @@ def test_grain_stays_out_of_a_plain_import():
     code = f"import sys, dsjax.data; print([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]", loaded.stdout + loaded.stderr
+
+
+def shared_out(documents, *, owners: int, each: int, count: int, streams: int = 3):
+    """`count` rows in steps of `owners * each`, made by `owners` iterators, each its own places."""
+    iterators = [rows_of(documents, streams=streams) for _ in range(owners)]
+    taken = []
+    for _ in range(count // (owners * each)):
+        parts = [
+            rows.take(owners * each, range(owner * each, (owner + 1) * each))
+            for owner, rows in enumerate(iterators)
+        ]
+        for candidates in zip(*parts, strict=True):
+            (made,) = [row for row in candidates if row is not None]
+            taken.append(made)
+    return taken, iterators
+
+
+@pytest.mark.parametrize(("owners", "each"), [(1, 4), (2, 1), (2, 2), (3, 1), (4, 1)])
+def test_the_order_of_rows_does_not_depend_on_who_makes_them(documents, owners, each):
+    alone = rows_of(documents, streams=3)
+    taken, _ = shared_out(documents, owners=owners, each=each, count=36)
+    assert len(taken) == 36
+    assert all(same(row, next(alone)) for row in taken)
+
+
+@pytest.mark.parametrize(
+    ("owners", "each", "count"), [(2, 2, 12), (2, 2, 20), (4, 1, 8), (3, 1, 36)]
+)
+def test_shared_rows_resume_with_any_number_of_processes(documents, owners, each, count):
+    alone = rows_of(documents, streams=3)
+    for _ in range(count):
+        next(alone)
+    _, iterators = shared_out(documents, owners=owners, each=each, count=count)
+    state = merged([json.loads(json.dumps(rows.get_state())) for rows in iterators])
+    assert state == json.loads(json.dumps(alone.get_state()))
+    later = [next(alone) for _ in range(4)]
+    for rows in (rows_of(documents, streams=3), iterators[-1]):
+        rows.set_state(state)
+        assert all(same(next(rows), wanted) for wanted in later)
+
+
+def test_a_process_packs_only_the_streams_it_has_rows_of(documents):
+    read = []
+
+    class Watched(Documents):
+        def read(self, document):
+            read.append(document)
+            return super().read(document)
+
+    watched = Watched(documents._files)
+    rows = rows_of(watched, streams=3)
+    share = {int(d) for row in [next(rows) for _ in range(60)][1::3] for d in row.documents_T}
+    read.clear()
+    rows = rows_of(watched, streams=3)
+    for _ in range(20):
+        assert [row is None for row in rows.take(3, [1])] == [True, False, True]
+    assert set(read) == share
+    states = rows.get_state()["packers"]
+    assert [state is None for state in states] == [True, False, True]

@@ -10,6 +10,9 @@ from dsjax import sharding
 from dsjax.config import Moe, SigmoidRouter, SoftmaxRouter
 from dsjax.nn import moe
 from dsjax.nn.dispatch import dispatch
+from dsjax.nn.dispatch.local import through_experts
+from dsjax.nn.dispatch.rounds import room
+from dsjax.nn.dispatch.rows import Rows
 from dsjax.nn.moe import MoeFfn
 from tests.tolerance import TOLERANCE, rel_err
 
@@ -130,32 +133,40 @@ def check(module: MoeFfn, x_BTD: jax.Array, router, seed: int) -> None:
         assert not gradients["down"][empty].any()
 
 
+def _scaled(factor_E, x_UD, size_E):
+    """Experts that multiply by a number each; rows behind the last expert's give zeros."""
+    places = x_UD.shape[0]
+    of_row_U = jnp.repeat(factor_E, size_E, total_repeat_length=places)
+    mine_U = jnp.arange(places) < size_E.sum()
+    return jnp.where(mine_U[:, None], x_UD * of_row_U[:, None], 0.0)
+
+
 def test_slices_of_the_experts_add_up_to_the_layer(seed):
-    """What devices along the expert axis do: each its own experts, zeros for the others'."""
+    """What devices that share the experts do: each its own, nothing for those of others."""
     rng = np.random.default_rng(seed)
-    x_MD = jnp.asarray(rng.standard_normal((7, 4)), jnp.float32)
-    choice_MK = jnp.asarray([rng.choice(6, 2, replace=False) for _ in range(7)], jnp.int32)
-    weight_MK = jnp.asarray(rng.random((7, 2)), jnp.float32)
+    x_MD = jnp.asarray(rng.standard_normal((90, 4)), jnp.float32)
+    choice_MK = jnp.asarray([rng.choice(6, 2, replace=False) for _ in range(90)], jnp.int32)
+    rows = Rows(x_MD, choice_MK, jnp.asarray(rng.random((90, 2)), jnp.float32))
     factor_E = jnp.asarray(rng.standard_normal(6), jnp.float32)
 
-    def part(first: int, count: int):
-        def experts(rows, sizes_E):
-            of_row = jnp.repeat(factor_E[first : first + count], sizes_E, total_repeat_length=14)
-            behind = jnp.arange(14) >= sizes_E.sum()
-            return jnp.where(behind[:, None], 0.0, rows * of_row[:, None])
+    def part(first: int, count: int, even_share: int):
+        experts = jax.tree_util.Partial(_scaled, factor_E[first : first + count])
+        return through_experts(rows, experts, first=first, num_local=count, even_share=even_share)
 
-        return dispatch(x_MD, choice_MK, weight_MK, experts, first_expert=first, num_experts=count)
-
-    expected = (np.asarray(weight_MK) * np.asarray(factor_E)[choice_MK]).sum(-1)[:, None] * x_MD
-    whole, given = part(0, 6)
-    assert rel_err(whole, expected) < TOLERANCE["f32"] and given == 14
-    parts, counts = zip(part(0, 2), part(2, 3), part(5, 1), strict=True)
-    assert rel_err(sum(parts), expected) < TOLERANCE["f32"] and sum(counts) == 14
+    weight_MK = np.asarray(rows.weight_MK) * np.asarray(factor_E)[choice_MK]
+    expected = weight_MK.sum(-1)[:, None] * np.asarray(x_MD)
+    whole, given = part(0, 6, 180)
+    assert rel_err(whole, expected) < TOLERANCE["f32"] and given == 180
+    # The middle one has room for 40 pairs at a time and gets about 90.
+    parts, counts = zip(part(0, 2, 60), part(2, 3, 15), part(5, 1, 30), strict=True)
+    assert rel_err(sum(parts), expected) < TOLERANCE["f32"] and sum(counts) == 180
+    assert counts[1] > 2 * 40 == 2 * room(15, most=180)
 
 
 def test_pairs_that_reach_no_expert_are_counted(monkeypatch):
-    def lossy(x_MD, choice_MK, *rest, **named):
-        return dispatch(x_MD, choice_MK.at[:, -1].set(E), *rest, **named)
+    def lossy(rows, experts, group):
+        lost = rows._replace(choice_MK=rows.choice_MK.at[:, -1].set(E))
+        return dispatch(lost, experts, group)
 
     with jax.enable_x64(True):
         module, x_BTD = layer(SoftmaxRouter(), 0)

@@ -1,0 +1,63 @@
+"""Each row once to every device that owns any of its experts, in buffers of a fixed size."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsjax.nn.dispatch.local import Experts, through_experts
+from dsjax.nn.dispatch.placing import Pairs, collected, pairs_by, placed
+from dsjax.nn.dispatch.rounds import over_rounds, room
+from dsjax.nn.dispatch.rows import Group, Rows
+
+
+def owners(choice_MK: Int[Array, "M K"], group: Group) -> Int[Array, "M J"]:
+    """The devices that own a row's experts, each once, J = `group.fan_out`; `group.size` is none.
+
+    Once per device and not per expert: that is what makes node-limited routing save traffic.
+    """
+    owner_MK = jnp.sort(jnp.minimum(choice_MK // group.num_local, group.size), axis=-1)
+    again_MK = jnp.pad(owner_MK[:, 1:] == owner_MK[:, :-1], ((0, 0), (1, 0)))
+    return jnp.sort(jnp.where(again_MK, group.size, owner_MK), axis=-1)[:, : group.fan_out]
+
+
+def room_per_device(num_rows: int, group: Group) -> int:
+    """Places in the buffer of `num_rows` rows' device for each device of the group."""
+    return room(num_rows * group.fan_out / group.size, most=num_rows)
+
+
+def all_to_all(
+    rows: Rows, experts: Experts, group: Group
+) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+    """The sum over each row's experts, and how many pairs the experts here were given.
+
+    Choices and weights travel beside the rows, partial sums come back the same way. Rows beyond a
+    device's room go in further rounds, of which all devices take equally many.
+    """
+    num_rows, num_pairs = rows.x_MD.shape[0], rows.choice_MK.size
+    space = room_per_device(num_rows, group)
+    pairs = pairs_by(owners(rows.choice_MK, group).T, group.size)
+
+    def swapped(x):
+        return jax.lax.all_to_all(x, group.axes, 0, 0, tiled=True)
+
+    def step(index, floats, ints: tuple[Int[Array, "M K"], Pairs]):
+        (x_MD, weight_MK, experts), (choice_MK, pairs) = floats, ints
+        block = pairs.for_each(index * space, space)
+        choice_UK = jnp.where(block.used_U[:, None], choice_MK[block.row_U], group.nobody)
+        sent = Rows(placed(x_MD, block), choice_UK, placed(weight_MK, block))
+        y_UD, given = through_experts(
+            jax.tree.map(swapped, sent),
+            experts,
+            first=group.rank * group.num_local,
+            num_local=group.num_local,
+            even_share=num_pairs,
+        )
+        return collected(swapped(y_UD), block), given
+
+    return over_rounds(
+        step,
+        (rows.x_MD, rows.weight_MK, experts),
+        (rows.choice_MK, pairs),
+        group.agreed(-(-pairs.size_A.max() // space)),
+        most=-(-num_rows // space),
+    )

@@ -1,0 +1,86 @@
+"""The training step, compiled ahead of time for a mesh of devices that need not be there."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax import batches, flops, sharding
+from dsjax.losses import Batch
+from dsjax.model import abstract
+from dsjax.params import count
+from dsjax.plan import absent, buffers, counting, search
+from dsjax.plan.buffers import OutOfMemory
+from dsjax.plan.chips import Topology
+from dsjax.plan.table import Plan
+from dsjax.run import MeshShape, Run
+from dsjax.train_step import init_state, make_train_step, state_shardings
+
+
+def lowered(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The training step of `run` on `mesh`, as StableHLO; no array is made.
+
+    Raises ValueError for a weight or a batch that does not divide over the mesh.
+    """
+    with jax.set_mesh(mesh), sharding.layout(sharding.Layout(dispatch=run.dispatch)):
+        batches.check_fits(run.batch)
+        state = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(lambda: init_state(run)),
+            state_shardings(run, mesh),
+        )
+        shape = run.batch
+        rows = jax.ShapeDtypeStruct(
+            (shape.size // shape.micro_size, shape.micro_size, shape.length),
+            jnp.int32,
+            sharding=jax.NamedSharding(mesh, sharding.spec(None, "batch", "length")),
+        )
+        used = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
+        return make_train_step(run).lower(state, Batch(rows, rows, rows), used)
+
+
+def compile_step(
+    run: Run, topology: Topology, devices: Sequence[jax.Device] | None = None
+) -> Plan | OutOfMemory:
+    """What the compiler says of a step of `run` on `topology`: a plan, or that it does not fit.
+
+    `devices` (default: those of `topology`, absent ones) are what `run.mesh` is made of. Raises
+    `absent.NoCompiler`, and ValueError as `lowered` does.
+    """
+    devices = absent.devices(topology) if devices is None else devices
+    mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
+    program = lowered(run, mesh)
+    began = time.monotonic()
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = buffers.out_of_memory(str(error))
+        if refused is None:
+            raise
+        return refused
+    seconds = time.monotonic() - began
+    text, shape, model = compiled.as_text(), run.batch, run.model
+    weights = abstract(model)
+    per_token = flops.training_flops_per_token(model, shape.length)
+    return Plan(
+        title=f"{shape.size} sequences of {shape.length} tokens, {shape.micro_size} at a time",
+        topology=topology,
+        mesh=search.written(MeshShape(**mesh.shape)),
+        parameters={
+            "main model": count(weights) - count(weights.mtp),
+            "MTP modules": count(weights.mtp),
+            "of them trained": count(weights, nnx.Param),
+        },
+        memory=buffers.memory(compiled.memory_analysis()),
+        largest=tuple(buffers.largest(text)),
+        useful=per_token * shape.size * shape.length / len(devices),
+        # Other loops of unknown length are rounds of a dispatch: one, where load is even.
+        counts=counting.count(
+            text, topology.slice_of(), outer_trips=shape.size // shape.micro_size
+        ),
+        remat=run.remat,
+        seconds=seconds,
+    )

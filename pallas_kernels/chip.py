@@ -1,0 +1,69 @@
+"""The chip that is being compiled for, and what a backend may ask of it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.select import Unsupported
+
+# Device kinds of compute capability 9.0; a kind names one of these models among other words.
+HOPPER = frozenset({"H20", "H100", "H200", "H800", "GH200"})
+
+# The platform whose kernels the interpreter runs here, by `interpreted`.
+_interpreted = jax.make_user_context(None)
+
+
+class Chip(NamedTuple):
+    """`platform` as jax names it ("cpu", "gpu", "tpu"); `kind` such as "NVIDIA H200", "TPU v5"."""
+
+    platform: str
+    kind: str
+    num_cores: int | None
+
+
+def chip() -> Chip:
+    """The chip of the mesh in context, which may be abstract; else of the default device."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return Chip(described.platform, described.device_kind, described.num_cores)
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    return Chip(device.platform, device.device_kind, getattr(device, "core_count", None))
+
+
+@contextlib.contextmanager
+def interpreted(platform: str, *, detect_races: bool = True) -> Iterator[None]:
+    """Kernels of `platform` ("gpu" or "tpu") run in Pallas' interpreter, on any machine.
+
+    Slow, and for looking for faults: memory begins as NaN, reads out of bounds raise, and so does a
+    race between threads or copies unless `detect_races` is off.
+    """
+    if platform == "gpu":
+        forced = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races))
+    elif platform == "tpu":
+        forced = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races))
+    else:
+        raise ValueError(f"platform {platform!r}; there are interpreters for 'gpu' and 'tpu'")
+    with _interpreted(platform), forced:
+        yield
+
+
+def needs_hopper(op: str) -> None:
+    """Unsupported unless kernels are compiled for an NVIDIA Hopper GPU, or interpreted as such."""
+    here = chip()
+    if _interpreted.value == "gpu":
+        return
+    if here.platform != "gpu" or not HOPPER & set(here.kind.split()):
+        raise Unsupported(f"{op}/gpu wants an NVIDIA Hopper GPU, here is {here.kind!r}")
+
+
+def needs_tpu(op: str) -> None:
+    """Unsupported unless kernels are compiled for a TPU, or interpreted as such."""
+    here = chip()
+    if _interpreted.value != "tpu" and here.platform != "tpu":
+        raise Unsupported(f"{op}/tpu wants a TPU, here is {here.kind!r}")

@@ -1,0 +1,55 @@
+"""Matrix product of block FP8: 128 products at a time, then FP32."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_kernels import select
+from pallas_kernels.fp8_matmul import gpu, reference, tpu
+from pallas_kernels.quantize.shapes import num_blocks
+
+IMPLEMENTATIONS = {"gpu": gpu.matmul, "tpu": tpu.matmul, "reference": reference.matmul}
+
+
+def fp8_matmul(
+    x_MK: Array,
+    x_scales: Array,
+    w_NK: Array,
+    w_scales: Array,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+) -> Array:
+    """y = x w^T of e4m3 values and their scales, rounded to `out_dtype` once.
+
+        y[m, n] = sum_b xs[m, b] ws[n, b] (sum_{k in block b} x[m, k] w[n, k])
+
+    The inner sum of 128 products, their scaling and the outer sum are in FP32: tensor cores alone
+    keep some 14 bits of a sum of FP8 products (DeepSeek-V3 report, section 3.3.2). `x_MK` [M, K]
+    with scales [M, ceil(K/128)] as `quantize_rows` gives them. `w_NK` [N, K] with scales either
+    [ceil(N/128), ceil(K/128)] as from `quantize_blocks`, or [N, ceil(K/128)] as from
+    `quantize_rows` and `quantize_columns`: the form of a weight's gradient. Any M, N and K.
+    Differentiable a level higher, in `fp8_linear`.
+    """
+    (M, K), (N, inner) = x_MK.shape, w_NK.shape
+    across = num_blocks(K)
+    rows = (N, num_blocks(N))
+    if (
+        inner != K
+        or x_scales.shape != (M, across)
+        or w_scales.shape not in [(row, across) for row in rows]
+    ):
+        raise ValueError(
+            f"fp8_matmul wants x [M, K], scales [M, ceil(K/128)], w [N, K] and scales "
+            f"[N or ceil(N/128), ceil(K/128)]; got {x_MK.shape}, {x_scales.shape}, {w_NK.shape}, "
+            f"{w_scales.shape}"
+        )
+    if {x_MK.dtype, w_NK.dtype} != {jnp.dtype(jnp.float8_e4m3fn)}:
+        raise ValueError(f"fp8_matmul wants float8_e4m3fn, got {x_MK.dtype} and {w_NK.dtype}")
+    return select.run(
+        "fp8_matmul",
+        IMPLEMENTATIONS,
+        implementation,
+        *(x_MK, x_scales, w_NK, w_scales),
+        out_dtype=out_dtype,
+    )

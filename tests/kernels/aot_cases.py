@@ -1,0 +1,82 @@
+"""What is compiled ahead of time: kernels at sizes of real models, by platform.
+
+Name -> (function, then shape and dtype of each argument).
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from pallas_kernels import quantize
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
+from pallas_kernels.fp8_grouped_matmul.shapes import CONTIGUOUS
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_matmul.shapes import DENSE
+from pallas_kernels.quantize.shapes import ACTIVATIONS, SWIGLU, WEIGHTS
+
+BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+
+
+def _quantizers(platform: str) -> dict:
+    wide = ACTIVATIONS["V2-Lite, 8k tokens"]
+    cases = [
+        *((quantize.quantize_rows, shape, BF16, False) for shape in ACTIVATIONS.values()),
+        (quantize.quantize_rows, wide, F32, True),
+        (quantize.quantize_columns, wide, BF16, False),
+        (quantize.quantize_rows_and_columns, wide, BF16, False),
+        (quantize.quantize_rows_and_columns, wide, F32, True),
+        *((quantize.quantize_blocks, shape, F32, False) for shape in WEIGHTS.values()),
+        (quantize.quantize_blocks, wide, BF16, True),
+        *((quantize.swiglu_quantize, shape, BF16, False) for shape in SWIGLU.values()),
+    ]
+    return {
+        f"{function.__name__} {'x'.join(map(str, shape))} {dtype.__name__}": (
+            functools.partial(function, power_of_two=power_of_two, implementation=platform),
+            (shape, dtype),
+        )
+        for function, shape, dtype, power_of_two in cases
+    }
+
+
+def _matmul(M: int, N: int, K: int, out_dtype, platform: str, *, by_column: bool = False) -> tuple:
+    rows = N if by_column else -(-N // 128)
+    return (
+        functools.partial(fp8_matmul, out_dtype=out_dtype, implementation=platform),
+        ((M, K), E4M3),
+        ((M, -(-K // 128)), F32),
+        ((N, K), E4M3),
+        ((rows, -(-K // 128)), F32),
+    )
+
+
+def _matmuls(platform: str) -> dict:
+    return {
+        **{
+            f"fp8_matmul {'x'.join(map(str, shape))}": _matmul(*shape, BF16, platform)
+            for shape in DENSE.values()
+        },
+        "fp8_matmul 3x576x7168": _matmul(3, 576, 7168, BF16, platform),
+        "fp8_matmul 4096x7168x2048 float32": _matmul(4096, 7168, 2048, F32, platform),
+        "fp8_matmul 7168x2048x4096 float32, scales by column": _matmul(
+            7168, 2048, 4096, F32, platform, by_column=True
+        ),
+    }
+
+
+def _grouped(platform: str) -> dict:
+    return {
+        f"fp8_grouped_matmul {G}x{rows}, {N}x{K}": (
+            functools.partial(fp8_grouped_matmul, implementation=platform),
+            ((G * rows, K), E4M3),
+            ((G * rows, -(-K // 128)), F32),
+            ((G, N, K), E4M3),
+            ((G, -(-N // 128), -(-K // 128)), F32),
+            ((G * rows // 128,), jnp.int32),
+        )
+        for G, rows, N, K in CONTIGUOUS.values()
+    }
+
+
+GPU, TPU = (
+    _quantizers(platform) | _matmuls(platform) | _grouped(platform) for platform in ("gpu", "tpu")
+)
