@@ -12,9 +12,12 @@ TORCH := 2.13.0
 TRANSFORMERS := 5.23.0
 ORACLE_INSTALLED := $(ORACLE)/.installed-$(TORCH)-$(TRANSFORMERS)
 
-# Compilers for chips that are not here: some 6 GB, on x86-64 Linux only.
+# Compilers for chips that are not here, apart because jax looks for the chips of those it finds. TPU's
+# is enough for plans, CUDA's takes 5 GB more; x86-64 Linux only.
 AOT := .venv-aot
-AOT_INSTALLED := $(AOT)/.installed
+AOT_PY := $(AOT)/bin/python
+TPU_INSTALLED := $(AOT)/.installed-tpu
+AOT_INSTALLED := $(AOT)/.installed-all
 
 PYTHON ?=
 TORCH_INDEX ?=
@@ -24,7 +27,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv oracle train test parity lint bench aot notebook clean
+.PHONY: help venv oracle train test parity lint bench plan aot notebook clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -55,9 +58,12 @@ lint: $(INSTALLED) ## ruff: rules, then format
 bench: $(INSTALLED) $(ORACLE_INSTALLED) ## time a train step against transformers and torch
 	@$(PY) benchmarks/train_step.py $(ARGS)
 
+plan: $(TPU_INSTALLED) ## compile large recipes for chips that are not here (ARGS=tiny: small ones)
+	@$(AOT_PY) benchmarks/plans.py $(ARGS)
+
 aot: $(AOT_INSTALLED) ## compile every kernel for H200 and TPUs, without one (6 GB, once)
-	@$(AOT)/bin/python tests/kernels/aot_gpu.py
-	@$(AOT)/bin/python tests/kernels/aot_tpu.py
+	@$(AOT_PY) tests/kernels/aot_gpu.py
+	@$(AOT_PY) tests/kernels/aot_tpu.py
 
 notebook: $(INSTALLED) ## run every notebook from top to bottom, saving nothing
 	@for notebook in notebooks/*.ipynb; do \
@@ -92,12 +98,17 @@ $(ORACLE_INSTALLED):
 	@$(ORACLE_PY) -m pip install --quiet transformers==$(TRANSFORMERS) numpy safetensors
 	@touch $@
 
-$(AOT_INSTALLED): constraints.txt
-	@$(AOT)/bin/python -c 'import pip' 2>/dev/null || { \
-	  python=$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3) || exit 1; \
+$(TPU_INSTALLED): pyproject.toml constraints.txt
+	@$(AOT_PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+	  python="$(PYTHON)"; \
+	  python=$${python:-$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3)} || exit 1; \
 	  echo "making $(AOT) with $$python"; \
 	  "$$python" -m venv --clear $(AOT); }
-	@echo "installing the compilers of jax[cuda13,tpu] (about 6 GB, once)"
-	@$(AOT)/bin/python -m pip install --quiet -c constraints.txt 'jax[cuda13,tpu]' flatbuffers \
-	  nvidia-cuda-nvdisasm
+	@echo "installing the dependencies and TPU's compiler (about 1.4 GB, once)"
+	@$(AOT_PY) -m pip install --quiet -c constraints.txt -e '.[tpu]'
+	@touch $@
+
+$(AOT_INSTALLED): $(TPU_INSTALLED)
+	@echo "installing CUDA's compilers (about 5 GB, once)"
+	@$(AOT_PY) -m pip install --quiet -c constraints.txt -e '.[gpu]' flatbuffers nvidia-cuda-nvdisasm
 	@touch $@

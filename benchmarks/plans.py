@@ -2,15 +2,14 @@
 
     python benchmarks/plans.py [tiny] [WORD ...]
 
-Prints the Markdown table of docs/plans.md: for each recipe memory of a device as the compiler has
-it, FLOPs, bytes sent, and the least time of a step. WORDs choose among the recipes. Each is
-compiled in a process of its own. Exit code 1 if one does not fit or does not compile.
+Prints a Markdown table: for each recipe memory of a device as the compiler has it, FLOPs, bytes
+sent, and the least time of a step. WORDs choose among the recipes. Exit code 1 if one does not fit.
 """
 
 import multiprocessing
 import sys
-import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 WHOLE = ("optim.moments=bf16", "precision=bf16", "remat=full")
@@ -43,8 +42,8 @@ TINY = tuple(
 )
 
 
-def compiled(recipe: Recipe, results: multiprocessing.Queue) -> None:
-    """Puts (row of the table, whether it fits) on the queue; runs in a process of its own."""
+def compiled(recipe: Recipe) -> tuple[str, bool]:
+    """The row of the table, or what went wrong, and whether it fits. In a process of its own."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -54,33 +53,33 @@ def compiled(recipe: Recipe, results: multiprocessing.Queue) -> None:
     from dsjax.run_file import load
 
     topology = chips.topology(recipe.topology)
-    try:
-        outcome = compile_step(load(recipe.config, *recipe.changes), topology)
-    except Exception:
-        results.put((traceback.format_exc(), False))
-        return
+    outcome = compile_step(load(recipe.config, *recipe.changes), topology)
     if isinstance(outcome, OutOfMemory):
-        results.put((f"{recipe}: {table.refusal(outcome, topology)}", False))
-    else:
-        results.put((table.row(outcome), outcome.fits))
+        return f"{recipe}: {table.refusal(outcome, topology)}", False
+    return table.row(outcome), outcome.fits
 
 
 def main(arguments: Sequence[str]) -> int:
     from dsjax.plan import table
 
-    recipes = TINY if "tiny" in arguments else LARGE
+    is_tiny = "tiny" in arguments
     words = [word for word in arguments if word != "tiny"]
+    recipes = TINY if is_tiny else LARGE
     chosen = [one for one in recipes if all(word in str(one) for word in words)]
+    if not chosen:
+        print(f"no recipe has {' and '.join(words)} in it; there are:")
+        print(*recipes, sep="\n")
+        return 2
     print(table.ROW_HEADER, flush=True)
-    context, all_fit = multiprocessing.get_context("spawn"), bool(chosen)
-    for recipe in chosen:
-        results = context.Queue()
-        process = context.Process(target=compiled, args=(recipe, results))
-        process.start()
-        row, fits = results.get()
-        process.join()
-        print(row, flush=True)
-        all_fit &= fits
+    # A large step takes 10 GB and both cores.
+    pool = ProcessPoolExecutor(
+        2 if is_tiny else 1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
+    all_fit = True
+    with pool:
+        for row, fits in pool.map(compiled, chosen):
+            print(row, flush=True)
+            all_fit &= fits
     return 0 if all_fit else 1
 
 

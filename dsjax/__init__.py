@@ -5,7 +5,7 @@ Dimension key, one letter one meaning, everywhere in the package:
 B batch        T query tokens   S key tokens   D hidden size    L stacked layers
 N heads        H nope head dim  R rotary dim   W value head dim V vocabulary rows
 C kv latent    Q query latent   E experts      K chosen experts G expert groups
-M routed rows  F ffn width      P gate/up pair (2)
+M routed rows  F ffn width      P gate/up pair (2)               Z expert slots
 """
 
 from typing import TYPE_CHECKING

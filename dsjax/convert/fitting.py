@@ -1,4 +1,4 @@
-"""The smallest mesh whose chips hold a model's weights."""
+"""The smallest mesh whose devices hold a model's weights."""
 
 import collections
 import dataclasses
@@ -11,11 +11,11 @@ from dsjax.model import abstract
 from dsjax.params import FullPrecision, RouterBias
 from dsjax.plan import chips
 
-# Bytes of memory per chip.
-CHIPS = {chip.name: chip.hbm * chip.devices for chip in chips.CHIPS}
+# Bytes of memory per device, of which a TPU7x chip is two.
+DEVICES = {chip.name: chip.hbm for chip in chips.CHIPS}
 # What weights may take of it; activations and caches need the rest.
 FOR_WEIGHTS = 0.9
-MOST_CHIPS = 4096
+MOST_DEVICES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Weight:
     stored: tuple[tuple[str, ...], ...]
     used: tuple[tuple[str, ...], ...]
 
-    def bytes_per_chip(self, sizes: Mapping[str, int]) -> tuple[float, float] | None:
+    def bytes_per_device(self, sizes: Mapping[str, int]) -> tuple[float, float] | None:
         """At rest and (one layer) in use, on a mesh of `sizes`; None if it does not divide."""
         stored, used = (
             [math.prod(sizes[axis] for axis in axes) for axes in cut]
@@ -69,20 +69,20 @@ def weights(model: config.Model, *, is_fp8: bool) -> list[Weight]:
 
 
 def smallest_mesh(weights: list[Weight], memory: float) -> tuple[int, int, float] | None:
-    """(mesh.fsdp, mesh.expert, bytes per chip) of the fewest chips that hold `weights`.
+    """(mesh.fsdp, mesh.expert, bytes per device) of the fewest devices that hold `weights`.
 
-    Bytes are those at rest and of the largest layer, which is gathered over fsdp to be used. Chips
-    come in powers of two. None: no number of them up to MOST_CHIPS is enough.
+    Bytes are those at rest and of the largest layer, which is gathered to be used. Devices come
+    in powers of two. None: no number of them up to MOST_DEVICES is enough.
     """
     whole = sum(math.prod(weight.shape) * weight.itemsize for weight in weights)
-    for power in range(MOST_CHIPS.bit_length()):
+    for power in range(MOST_DEVICES.bit_length()):
         if whole / (1 << power) > memory * FOR_WEIGHTS:
             continue
         choices = []
         for expert in (1 << k for k in range(power + 1)):
             fsdp = (1 << power) // expert
             sizes = dict.fromkeys(sharding.AXES, 1) | {"fsdp": fsdp, "expert": expert}
-            parts = [weight.bytes_per_chip(sizes) for weight in weights]
+            parts = [weight.bytes_per_device(sizes) for weight in weights]
             if None not in parts:
                 in_use: dict[str, float] = collections.defaultdict(float)
                 for weight, (_, used) in zip(weights, parts, strict=True):

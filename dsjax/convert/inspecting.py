@@ -192,7 +192,7 @@ def inspect(source: Path, config_file: Path | None = None) -> bool:
             ("memory, at most", in_bytes(2**31 + 2 * max(sizes.values(), default=0))),
         ],
     )
-    tables.show("fewest chips that hold the weights", MESH_HEADER, _meshes(present))
+    tables.show("fewest devices that hold the weights", MESH_HEADER, _meshes(present))
     rows = [
         ("missing", differences.missing),
         ("unexpected", differences.unexpected),
@@ -208,7 +208,7 @@ def inspect(source: Path, config_file: Path | None = None) -> bool:
     return not (differences.missing or differences.unexpected or differences.wrong)
 
 
-MESH_HEADER = ("chip", "BF16", "mesh", "per chip", "FP8", "mesh", "per chip")
+MESH_HEADER = ("device", "BF16", "mesh", "each", "FP8", "mesh", "each")
 
 
 def _by_kind(found: Found) -> list[tuple[str, ...]]:
@@ -226,7 +226,7 @@ def _by_kind(found: Found) -> list[tuple[str, ...]]:
 def _meshes(model: config.Model) -> list[tuple[str, ...]]:
     both = [fitting.weights(model, is_fp8=is_fp8) for is_fp8 in (False, True)]
     rows = []
-    for chip, memory in fitting.CHIPS.items():
+    for device, memory in fitting.DEVICES.items():
         cells = []
         for held in both:
             mesh = fitting.smallest_mesh(held, memory)
@@ -234,5 +234,5 @@ def _meshes(model: config.Model) -> list[tuple[str, ...]]:
             if mesh is not None:
                 fsdp, expert, least = mesh
                 cells[-3:] = [f"{fsdp * expert}", f"fsdp={fsdp} expert={expert}", in_bytes(least)]
-        rows.append((chip, *cells))
+        rows.append((device, *cells))
     return rows

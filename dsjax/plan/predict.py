@@ -64,7 +64,7 @@ def predict(run: Run, weights: Sequence[Weight], topology: Topology) -> Predicti
     None where a weight does not divide over the mesh.
     """
     step = _Step(run, topology)
-    parts = [weight.bytes_per_chip(step.sizes) for weight in weights]
+    parts = [weight.bytes_per_device(step.sizes) for weight in weights]
     if None in parts:
         return None
     moments = 2 * (NARROW if run.optim.moments == "bf16" else WIDE)

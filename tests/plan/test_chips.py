@@ -48,7 +48,7 @@ def test_other_names_are_refused_with_what_is_known(text, slices, message):
 
 
 def test_one_table_serves_all():
-    assert fitting.CHIPS["TPU7x"] == 2 * 94.74 * 2**30
+    assert fitting.DEVICES["TPU7x"] == 94.74 * 2**30
     assert chips.BY_KIND["NVIDIA H200"] is chips.BY_KEY["h200"]
     assert len(chips.BY_KEY) == len(chips.CHIPS) == 7
     assert len(chips.BY_KIND) == sum(len(chip.kinds) for chip in chips.CHIPS)
