@@ -56,12 +56,14 @@ def _laid_out(places: Places) -> Places:
     return jax.tree.map(lambda x_BT: sharding.reshard(x_BT, "batch", "length"), places)
 
 
-def _rows(table_VD, tokens_BT, *, by: tuple[str, ...]):
-    """On one device: its columns, for the tokens of all along `by`, exchanged for the others."""
+def _rows(table_VD, tokens_BT, *, by: tuple[str, ...], tokens_by: tuple[str, ...]):
+    """On one device: its columns, for the tokens of all along `by`, exchanged for the others.
+
+    `tokens_by`: mesh axes along which devices have tokens of their own.
+    """
     if not by:
         return table_VD[tokens_BT]
     everyones_BT = jax.lax.all_gather(tokens_BT, by, axis=0, tiled=True)
-    tokens_by = (*sharding.BATCH_AXES, *sharding.RULES["residual"])
     table_VD = sharding.varying(table_VD, *(axis for axis in tokens_by if axis not in by))
     return jax.lax.all_to_all(table_VD[everyones_BT], by, split_axis=0, concat_axis=2, tiled=True)
 
@@ -164,9 +166,9 @@ class Transformer(nnx.Module):
         """
         residual = sharding.residual(tokens_BT.shape[1])
         tokens_BT = sharding.reshard(tokens_BT, "batch", residual)
-        by = sharding.cut(*sharding.RULES["embed"])
+        by, length_by = sharding.cut(*sharding.RULES["embed"]), sharding.RULES[residual]
         rows = sharding.local(
-            functools.partial(_rows, by=by),
+            functools.partial(_rows, by=by, tokens_by=(*sharding.BATCH_AXES, *length_by)),
             in_specs=(sharding.stored_spec(self.embed), sharding.spec("batch", residual)),
             out_specs=sharding.spec("batch", residual, None),
         )

@@ -104,9 +104,9 @@ def test_a_device_reads_only_its_part():
     drawn = weights.draw_all(known.seed, known.config)
     one = "model.layers.2.mlp.experts.5.up_proj.weight"
     drawn[one] = drawn[one].view(Counting)
-    mesh = sharding.make_mesh(data=2, expert=2, tensor=2)
+    mesh = sharding.make_mesh(data=2, expert=2, fsdp=2)
     hf.load_weights(drawn, hf.model_config(known.config), dtype=jnp.float32, mesh=mesh)
-    # Expert 5 lies on four devices: two halves of its width, each twice along `data`.
+    # Expert 5 lies on four devices: two halves of its input, each twice along `data`.
     assert read == [drawn[one].size // 2] * 2
 
 

