@@ -27,7 +27,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv oracle train test parity lint bench plan aot notebook clean
+.PHONY: help venv oracle train test thorough parity lint bench plan aot notebook clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ train: $(INSTALLED) ## train configs/tiny.py (ARGS="seed=1 run_dir=runs/other" c
 
 test: $(INSTALLED) ## the default suite: no network, no torch
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+thorough: $(INSTALLED) ## the default suite's slow companions: every mesh, transport and backend
+	@$(PY) -m pytest -n 2 -m thorough $(ARGS)
 
 parity: $(INSTALLED) $(ORACLE_INSTALLED) ## fresh goldens from transformers (SEED=7), same tests
 	@seed="$(SEED)"; seed=$${seed:-$$($(PY) -c 'import secrets; print(secrets.randbelow(2**31))')}; \

@@ -24,6 +24,7 @@ from dsjax.data import Dataset, Row, RowIterator, merged, open_data
 from dsjax.guard import LossGuard
 from dsjax.host_memory import keep_freed_pages
 from dsjax.model import Transformer
+from dsjax.nn.precision import PRECISIONS
 from dsjax.overrides import help_text
 from dsjax.params import cast, count
 from dsjax.progress import StepProgress
@@ -32,7 +33,6 @@ from dsjax.run_file import load, to_json
 from dsjax.run_folder import RunFolder, replace_text
 from dsjax.trace import StepTrace
 from dsjax.train_step import (
-    COMPUTE_DTYPES,
     TrainState,
     init_state,
     make_eval_step,
@@ -328,7 +328,7 @@ def sampled(run: Run, model: Transformer, data: Dataset) -> str:
 
     tokenizer = data.tokenizer
     tokens = generate(
-        cast(model, COMPUTE_DTYPES[run.precision]),
+        cast(model, PRECISIONS[run.precision].dtype),
         tokenizer.encode_prompt(run.sample.prompt),
         max_new_tokens=run.sample.max_new_tokens,
         temperature=run.sample.temperature,

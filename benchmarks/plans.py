@@ -1,15 +1,19 @@
-"""Recipes compiled for chips that are not here: `make plan`, or `make plan ARGS=tiny` in a minute.
+"""Recipes compiled for chips that are not here: `make plan`, or `make plan ARGS=tiny`.
 
     python benchmarks/plans.py [tiny] [WORD ...]
 
 Prints a Markdown table: for each recipe memory of a device as the compiler has it, FLOPs, bytes
 sent, and the least time of a step. WORDs choose among the recipes. Exit code 1 if one does not fit.
+All but the word `whole` stop at the plan of memory, before machine code is made: "compile" is the
+time until then.
 """
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 WHOLE = ("optim.moments=bf16", "precision=bf16", "remat=full")
@@ -23,10 +27,20 @@ class Recipe(NamedTuple):
     changes: tuple[str, ...]
 
 
-def v3(topology: str, rows: int, *changes: str) -> Recipe:
+def rows(number: int, *names: str) -> tuple[str, ...]:
+    return tuple(f"batch.{name}={number}" for name in names)
+
+
+def v3(topology: str, number: int, *changes: str) -> Recipe:
     """The whole recipe of V3: MTP, groups, bias, sequence-wise loss, 4,096 tokens, BF16 moments."""
-    batch = tuple(f"batch.{name}={rows}" for name in ("size", "micro", "ramp_from"))
+    batch = rows(number, "size", "micro", "ramp_from")
     return Recipe("configs/v3.py", topology, (*WHOLE, *batch, *changes))
+
+
+def lite(topology: str, number: int) -> Recipe:
+    """V2-Lite, one sequence per chip."""
+    changes = (*WHOLE, *rows(number, "size", "micro"), "mesh.expert=8")
+    return Recipe("configs/v2_lite.py", topology, changes)
 
 
 LARGE = (
@@ -34,7 +48,20 @@ LARGE = (
     v3("v5p:4x8x8", 2 * 256, "mesh.expert=128"),
     v3("v5p:4x4x8", 1 * 128, "mesh.expert=128"),
     v3("tpu7x:4x4x4", 1 * 128, "mesh.expert=128"),
-    v3("h200:16x8", 1 * 128, "mesh.expert=128"),
+    *(lite(topology, devices) for topology, devices in (("v5e:4x8", 32), ("v6e:4x4", 16))),
+    Recipe(
+        "configs/v2.py",
+        "v5p:4x4x4",
+        (*WHOLE, *rows(64, "size", "micro", "ramp_from"), "mesh.expert=32", "mesh.fsdp=2"),
+    ),
+    Recipe(
+        "configs/kimi_k2.py",
+        "v5p:4x8x8",
+        (*WHOLE, *rows(256, "size", "micro"), "mesh.expert=128", "mesh.fsdp=2"),
+    ),
+    # FP32 moments, as the runs of others that are compared with.
+    v3("v5p:8x8x8", 2 * 512, "mesh.expert=128", "optim.moments=fp32"),
+    v3("v5p:4x8x8", 1 * 256, "mesh.expert=128", "optim.moments=fp32"),
 )
 TINY = tuple(
     Recipe("configs/tiny_v3.py", topology, ("precision=bf16", "mesh.expert=2"))
@@ -42,28 +69,52 @@ TINY = tuple(
 )
 
 
-def compiled(recipe: Recipe) -> tuple[str, bool]:
+def compiled(recipe: Recipe, is_whole: bool) -> tuple[str, bool]:
     """The row of the table, or what went wrong, and whether it fits. In a process of its own."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from dsjax.plan import chips, table
+    from dsjax.plan import chips, early, table
     from dsjax.plan.buffers import OutOfMemory
-    from dsjax.plan.compiling import compile_step
+    from dsjax.plan.compiling import compile_step, finished
     from dsjax.run_file import load
 
     topology = chips.topology(recipe.topology)
-    outcome = compile_step(load(recipe.config, *recipe.changes), topology)
+    by = finished if is_whole else early.planned
+    outcome = compile_step(load(recipe.config, *recipe.changes), topology, by=by)
     if isinstance(outcome, OutOfMemory):
         return f"{recipe}: {table.refusal(outcome, topology)}", False
     return table.row(outcome), outcome.fits
+
+
+def worker(end: Connection, recipe: Recipe, is_whole: bool) -> None:
+    """`compiled` for the parent, which ends this process then, and with it the compiler."""
+    end.send(compiled(recipe, is_whole))
+    time.sleep(60)
+
+
+def in_a_process(recipe: Recipe, is_whole: bool) -> tuple[str, bool]:
+    """What `compiled` gives; a compiler that dies is a row, too."""
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=worker, args=(theirs, recipe, is_whole))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return f"{recipe}: the compiler's process ended without a word", False
+    finally:
+        process.kill()
+        process.join()
 
 
 def main(arguments: Sequence[str]) -> int:
     from dsjax.plan import table
 
     is_tiny = "tiny" in arguments
-    words = [word for word in arguments if word != "tiny"]
+    is_whole = "whole" in arguments
+    words = [word for word in arguments if word not in ("tiny", "whole")]
     recipes = TINY if is_tiny else LARGE
     chosen = [one for one in recipes if all(word in str(one) for word in words)]
     if not chosen:
@@ -71,13 +122,10 @@ def main(arguments: Sequence[str]) -> int:
         print(*recipes, sep="\n")
         return 2
     print(table.ROW_HEADER, flush=True)
-    # A large step takes 10 GB and both cores.
-    pool = ProcessPoolExecutor(
-        2 if is_tiny else 1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
-    )
     all_fit = True
-    with pool:
-        for row, fits in pool.map(compiled, chosen):
+    # Threads that wait for a process each. A large step takes several GB.
+    with ThreadPoolExecutor(2) as pool:
+        for row, fits in pool.map(lambda one: in_a_process(one, is_whole), chosen):
             print(row, flush=True)
             all_fit &= fits
     return 0 if all_fit else 1

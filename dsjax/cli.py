@@ -99,15 +99,15 @@ Loaded = tuple[Transformer, Bytes | HuggingFace, set[int]]
 def _from_run(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
     """A training run, in the precision it computes in."""
     from dsjax.checkpoint import restore_model
+    from dsjax.nn.precision import PRECISIONS
     from dsjax.params import cast
     from dsjax.run import StandardLibrary
-    from dsjax.train_step import COMPUTE_DTYPES
 
     model, run = restore_model(path, mesh)
     is_bytes = isinstance(run.data, StandardLibrary)
     tokenizer = Bytes() if is_bytes else load_tokenizer(run.data.tokenizer)
     eos_ids = {tokenizer.eos_id} - {None}
-    return cast(model, COMPUTE_DTYPES[run.precision]), tokenizer, eos_ids
+    return cast(model, PRECISIONS[run.precision].dtype), tokenizer, eos_ids
 
 
 def _from_hub(path: Path, mesh: jax.sharding.Mesh) -> Loaded:

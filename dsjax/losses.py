@@ -78,13 +78,32 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed nats and number of correct guesses over the valid positions.
 
-    Logits exist for one block of tokens at a time, forward and backward, in at least FP32.
+    Logits exist for one block of tokens at a time, forward and backward, in at least FP32, and each
+    device has those of its own part of the vocabulary.
     """
     hidden_BTD = sharding.reshard(hidden_BTD, "batch", "length", None)
     wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
-    blocks = equal_parts(hidden_BTD.shape[1], at_most=TOKEN_BLOCK, least=2)
     # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
     head_DV = sharding.reshard(head_DV, None, "vocab").astype(wide)
+    rows = sharding.spec("batch", "length")
+    summed = sharding.local(
+        _cross_entropy,
+        in_specs=(sharding.spec("batch", "length", None), sharding.spec(None, "vocab"), rows, rows),
+        out_specs=(jax.P(), jax.P()),
+    )
+    return summed(hidden_BTD, head_DV, targets_BT, valid_BT)
+
+
+def _cross_entropy(hidden_BTD, head_DV, targets_BT, valid_BT):
+    """On one device: its tokens, its part of the vocabulary."""
+    vocab_axes = sharding.RULES["vocab"]
+    first = jax.lax.axis_index(sharding.cut(*vocab_axes)) if sharding.cut(*vocab_axes) else 0
+    vocab = first * head_DV.shape[1] + jnp.arange(head_DV.shape[1], dtype=jnp.int32)[None, None]
+    # Here and not block by block are the gradients summed: the head's over tokens, the tokens' over
+    # parts of the vocabulary.
+    head_DV = sharding.varying(head_DV, *sharding.TOKEN_AXES)
+    hidden_BTD = sharding.varying(hidden_BTD, *vocab_axes)
+    blocks = equal_parts(hidden_BTD.shape[1], at_most=TOKEN_BLOCK, least=2)
 
     def split(x):
         return rearrange(x, "b (c n) ... -> n b c ...", n=blocks)
@@ -96,17 +115,19 @@ def cross_entropy(
             "BTD,DV->BTV",
             hidden_BtD,
             head_DV.astype(hidden_BtD.dtype),
-            preferred_element_type=wide,
+            preferred_element_type=head_DV.dtype,
         )
-        vocab = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits_BtV.shape[-1]), 2)
-        is_target_BtV = vocab == targets_Bt[..., None]
-        target_Bt = jnp.where(is_target_BtV, logits_BtV, 0).sum(-1)
-        nats_Bt = jax.nn.logsumexp(logits_BtV, axis=-1) - target_Bt
-        correct_Bt = (target_Bt >= logits_BtV.max(-1)) & valid_Bt
+        target_BtV = jnp.where(vocab == targets_Bt[..., None], logits_BtV, 0)
+        target_Bt = sharding.summed(target_BtV.sum(-1), *vocab_axes)
+        best_Bt = sharding.largest(jax.lax.stop_gradient(logits_BtV.max(-1)), *vocab_axes)
+        total_Bt = sharding.summed(jnp.exp(logits_BtV - best_Bt[..., None]).sum(-1), *vocab_axes)
+        nats_Bt = jnp.log(total_Bt) + best_Bt - target_Bt
+        correct_Bt = (target_Bt >= best_Bt) & valid_Bt
         nats, correct = sums
         nats += jnp.where(valid_Bt, nats_Bt, 0).sum()
         return (nats, correct + correct_Bt.sum(dtype=jnp.float32)), None
 
-    zero = jnp.zeros((), wide), jnp.zeros((), jnp.float32)
+    zero = jnp.zeros((), head_DV.dtype), jnp.zeros((), jnp.float32)
     rows = (split(hidden_BTD), split(targets_BT), split(valid_BT))
-    return jax.lax.scan(block, zero, rows)[0]
+    sums, _ = jax.lax.scan(block, sharding.varying(zero, *sharding.TOKEN_AXES), rows)
+    return jax.tree.map(lambda x: sharding.summed(x, *sharding.TOKEN_AXES), sums)

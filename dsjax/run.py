@@ -7,7 +7,7 @@ import dataclasses
 
 from dsjax.config import Model
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp8", "fp8_ue8m0")
 REMATS = ("full", "none", "save_latents", "offload")
 MOMENTS = ("fp32", "bf16")
 DISPATCHES = ("auto", "ring", "all_to_all", "ragged")

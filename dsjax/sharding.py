@@ -165,8 +165,8 @@ def einsum(subscripts: str, *operands: jax.Array, axes: Sequence[str | None]) ->
 
 
 def local(function: Callable, in_specs, out_specs) -> Callable:
-    """`function` on each device's own piece (`jax.shard_map`); itself without a mesh."""
-    if not active():
+    """`function` on each device's own piece (`jax.shard_map`); itself without a mesh, or inside."""
+    if not active() or jax.sharding.get_abstract_mesh().are_all_axes_manual:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
 
@@ -185,6 +185,30 @@ def summed(x: jax.Array, *mesh_axes: str) -> jax.Array:
     """Inside `local`: the sum over the devices along `mesh_axes`, which all of them get."""
     mesh_axes = cut(*mesh_axes)
     return jax.lax.psum(x, mesh_axes) if mesh_axes else x
+
+
+def largest(x: jax.Array, *mesh_axes: str) -> jax.Array:
+    """Inside `local`: the largest of the devices along `mesh_axes`; has no gradient."""
+    mesh_axes = cut(*mesh_axes)
+    return jax.lax.pmax(x, mesh_axes) if mesh_axes else x
+
+
+def completed(y: jax.Array, parts: P, laid_out: P) -> jax.Array:
+    """Inside `local`: the sum of what each device along the mesh axes in `parts` has of `y`.
+
+    Along a dimension that `laid_out` cuts over those axes, a device gets its own part of the sum.
+    """
+    missing = {name for names in parts for name in _names(names)}
+    for dim, names in enumerate(laid_out):
+        if here := tuple(name for name in _names(names) if name in missing):
+            y = jax.lax.psum_scatter(y, here, scatter_dimension=dim, tiled=True)
+            missing -= set(here)
+    return jax.lax.psum(y, tuple(missing)) if missing else y
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def is_variable(node) -> bool:
@@ -227,7 +251,7 @@ def shardings(module, mesh: jax.sharding.Mesh):
     def one(path, variable: nnx.Variable):
         partition = stored_spec(variable, mesh)
         for size, names in zip(variable.get_value().shape, partition, strict=True):
-            names = (names,) if isinstance(names, str) else names or ()
+            names = _names(names)
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 raise ValueError(

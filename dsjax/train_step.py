@@ -1,5 +1,6 @@
 """The training step: a pure function of state and batch, compiled once, state donated."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,10 +14,9 @@ from jaxtyping import Array, Float, Int
 from dsjax import losses, optim, sharding
 from dsjax.losses import Batch
 from dsjax.model import Transformer
+from dsjax.nn.precision import PRECISIONS, Products
 from dsjax.params import RouterBias
 from dsjax.run import Run
-
-COMPUTE_DTYPES = {"fp32": jnp.dtype("float32"), "bf16": jnp.dtype("bfloat16")}
 
 
 class TrainState(NamedTuple):
@@ -119,14 +119,18 @@ def _accumulated(function: Callable[[Batch], tuple], batch: Batch, used: Int[Arr
     return jax.lax.fori_loop(0, used, add, jax.tree.map(jnp.zeros_like, shapes))
 
 
-def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], tuple]:
+def make_train_step(
+    run: Run, products: Products | None = None
+) -> Callable[[TrainState, Batch, Int[Array, ""]], tuple]:
     """`step(state, batch, used) -> (state, metrics)`, jitted, `state` donated.
 
     The first `used` micro-batches count, so a batch-size ramp needs one compilation. The loss is
     CE + lambda / D sum_k CE_k + alpha sum_layers balance (V3 report eqs. 17, 24, 25), each term a
-    mean over the whole batch.
+    mean over the whole batch. `products` takes the place of what `run.precision` multiplies by.
     """
-    dtype, depths = COMPUTE_DTYPES[run.precision], len(run.model.mtp)
+    precision, depths = PRECISIONS[run.precision], len(run.model.mtp)
+    if products is not None:
+        precision = dataclasses.replace(precision, products=products)
     optimizer = optim.adamw(run.optim, run.steps)
     rate = optim.learning_rate(run.optim.learning_rate, run.steps)
     mtp_weight = optim.piecewise(run.objective.mtp_weight, run.steps)
@@ -145,7 +149,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], t
 
         def loss(params, micro: Batch):
             model = nnx.merge(graph, params, biases)
-            nats, sums = forward(model, micro, remat=run.remat, dtype=dtype)
+            nats, sums = forward(model, micro, remat=run.remat, dtype=precision.dtype)
             terms = zip(weights, nats, totals.targets, strict=True)
             # A batch may hold no target of a deep MTP module at all.
             entropy = sum(w * n / jnp.maximum(total, 1) for w, n, total in terms)
@@ -181,12 +185,13 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Int[Array, ""]], t
             metrics[f"mtp{depth}_accuracy"] = sums.correct[depth] / total
         return TrainState(state.step + 1, model, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(precision.applied(step), donate_argnums=0)
 
 
 def make_eval_step(run: Run) -> Callable[[Transformer, Batch], tuple]:
     """`step(model, batch) -> (nats, targets)` of the main model over one batch [B, T], jitted."""
-    dtype = COMPUTE_DTYPES[run.precision]
+    precision = PRECISIONS[run.precision]
+    dtype = precision.dtype
 
     def step(model: Transformer, batch: Batch):
         hidden_BTD = model.hidden(batch.tokens_BT, batch.places, dtype=dtype).hidden_BTD
@@ -194,4 +199,4 @@ def make_eval_step(run: Run) -> Callable[[Transformer, Batch], tuple]:
         nats, _ = losses.cross_entropy(hidden_BTD, head_DV, *losses.targets(batch, 0))
         return nats, losses.target_count(batch, 0)
 
-    return jax.jit(step)
+    return jax.jit(precision.applied(step))

@@ -67,3 +67,13 @@ def needs_tpu(op: str) -> None:
     here = chip()
     if _interpreted.value != "tpu" and here.platform != "tpu":
         raise Unsupported(f"{op}/tpu wants a TPU, here is {here.kind!r}")
+
+
+def needs_fp8_tpu(op: str) -> None:
+    """Unsupported unless for a TPU whose matrix unit takes e4m3 as it is, or interpreted."""
+    needs_tpu(op)
+    here = chip()
+    if here.platform == "tpu" and not here.kind.startswith("TPU7"):
+        raise Unsupported(
+            f"{op} wants a TPU v7x, whose matrix unit takes FP8; here is {here.kind!r}"
+        )

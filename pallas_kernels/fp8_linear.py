@@ -8,10 +8,12 @@ from jax import Array, lax
 
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.quantize import (
+    backend,
     quantize_blocks,
     quantize_rows,
     quantize_rows_and_columns,
 )
+from pallas_kernels.varying import alike
 
 
 def fp8_linear(
@@ -29,37 +31,25 @@ def fp8_linear(
     Q1 are tiles of 128 along what is summed over, Qb blocks of 128x128, all scales from the numbers
     at hand (DeepSeek-V3 report, section 3.3). `weight_grad="exact"` takes dw = dy^T x of what came
     in, summed in FP32; "fp8" keeps x for it in one byte a number. Gradients have the dtypes of
-    their arguments. `implementation` is that of every quantizer and product inside.
+    their arguments. `implementation` is that of every product inside, and of every quantizer where
+    there is one of that name.
     """
     if weight_grad not in ("fp8", "exact"):
         raise ValueError(f"weight_grad {weight_grad!r}; there are 'fp8' and 'exact'")
     if x_MK.ndim != 2 or w_NK.ndim != 2 or x_MK.shape[1] != w_NK.shape[1]:
         raise ValueError(f"fp8_linear wants x [M, K], w [N, K]; got {x_MK.shape}, {w_NK.shape}")
-    return _linear(*_alike(x_MK, w_NK), weight_grad, power_of_two, implementation)
-
-
-def _alike(*arrays: Array) -> list[Array]:
-    """Inside of `jax.shard_map` lets all vary over the axes of the mesh that one varies over.
-
-    The gradient of an array that did not vary is then summed over those axes, as it should be.
-    """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    axes = frozenset().union(*varying)
-    return [
-        lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
-        for array, own in zip(arrays, varying, strict=True)
-    ]
+    return _linear(*alike(x_MK, w_NK), weight_grad, power_of_two, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _linear(x_MK, w_NK, weight_grad, power_of_two, implementation):
-    how = {"power_of_two": power_of_two, "implementation": implementation}
+    how = {"power_of_two": power_of_two, "implementation": backend(implementation)}
     x, w = quantize_rows(x_MK, **how), quantize_blocks(w_NK, **how)
     return fp8_matmul(*x, *w, out_dtype=x_MK.dtype, implementation=implementation)
 
 
 def _forward(x_MK, w_NK, weight_grad, power_of_two, implementation):
-    how = {"power_of_two": power_of_two, "implementation": implementation}
+    how = {"power_of_two": power_of_two, "implementation": backend(implementation)}
     w = quantize_blocks(w_NK, **how)
     if weight_grad == "fp8":
         *x, values_KM, scales = quantize_rows_and_columns(x_MK, **how)
@@ -72,7 +62,7 @@ def _forward(x_MK, w_NK, weight_grad, power_of_two, implementation):
 
 
 def _backward(weight_grad, power_of_two, implementation, saved, dy_MN):
-    how = {"power_of_two": power_of_two, "implementation": implementation}
+    how = {"power_of_two": power_of_two, "implementation": backend(implementation)}
     kept, (w_NK, w_scales), like_x, like_w = saved
     if weight_grad == "fp8":
         *dy, dy_NM, scales = quantize_rows_and_columns(dy_MN, **how)

@@ -9,7 +9,7 @@ import jax
 Implementations = Mapping[str, Callable]
 
 # All names that tables of implementations use, so that a misspelt preference is an error.
-NAMES = ("gpu", "tpu", "reference", "blocks", "ragged_dot")
+NAMES = ("gpu", "tpu", "tpu_wide", "dequantize", "reference", "blocks", "ragged_dot")
 
 # Part of the key of jax's caches: a function traced under one preference is traced again under
 # another.

@@ -137,6 +137,7 @@ setup.checkpoints.close()
 """
 
 
+@pytest.mark.thorough
 def test_what_four_processes_save_one_restores_on_another_mesh(tmp_path):
     folder = tmp_path / "run"
     saving = ["-c", SAVING, SMALL, f"run_dir={folder}", "mesh.data=2", "mesh.fsdp=4"]

@@ -12,8 +12,8 @@ from dsjax.config import Mla
 from dsjax.data import Row
 from dsjax.guard import LossGuard
 from dsjax.model import REMAT
+from dsjax.nn import precision
 from dsjax.run import PRECISIONS, REMATS, BatchShape, Guard, profiled_steps
-from dsjax.train_step import COMPUTE_DTYPES
 
 ATTENTION = Mla(
     num_heads=1,
@@ -90,7 +90,7 @@ def test_load_statistics_by_hand():
 
 
 def test_every_precision_and_remat_of_a_run_has_its_meaning():
-    assert set(PRECISIONS) == set(COMPUTE_DTYPES)
+    assert set(PRECISIONS) == set(precision.PRECISIONS)
     assert set(REMATS) == set(REMAT)
 
 

@@ -11,6 +11,8 @@ import pytest
 from dsjax import losses, sharding
 from dsjax.config import Model, SoftmaxRouter
 from dsjax.model import abstract
+from dsjax.params import RouterBias
+from dsjax.plan.counting import count
 from dsjax.run import LearningRate, MeshShape, Optim, Run
 from dsjax.train_step import make_train_step, state_shardings
 from tests import drawn
@@ -34,16 +36,17 @@ def v3_run(model: Model) -> Run:
     return drawn.run(
         model,
         optim=Optim(learning_rate=rate, eps=1.0, beta2=0.0, clip_norm=1e9),
+        remat="full",
     )
 
 
 def stepped(run: Run, mesh: jax.sharding.Mesh | None):
-    """Values after one step on packed rows: (state, metrics)."""
+    """Values after one step on packed rows, (state, metrics), and the text of the program."""
     state, batch, used = drawn.state(run, SEED), drawn.batch(1, micros=2), jnp.int32(2)
     step = make_train_step(run)
     if mesh is None:
         compiled = step.lower(state, batch, used).compile(drawn.FAST_COMPILE)
-        return drawn.leaves(compiled(state, batch, used))
+        return drawn.leaves(compiled(state, batch, used)), compiled.as_text()
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(run, mesh))
         rows = jax.NamedSharding(mesh, sharding.spec(None, "batch", "length"))
@@ -54,7 +57,7 @@ def stepped(run: Run, mesh: jax.sharding.Mesh | None):
     stored = state_shardings(run, mesh)
     places = zip(jax.tree.leaves(new[0]), jax.tree.leaves(stored), strict=True)
     assert all(value.sharding.is_equivalent_to(place, value.ndim) for value, place in places)
-    return drawn.leaves(new)
+    return drawn.leaves(new), compiled.as_text()
 
 
 @functools.cache
@@ -62,7 +65,13 @@ def on_one_device(model: Model):
     return stepped(v3_run(model), None)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data 2, fsdp 2, expert 2",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in list(MESHES)[1:]),
+    ],
+)
 def test_a_step_is_the_same_on_every_mesh(name):
     compare_a_step(drawn.model(repeat=2), MESHES[name])
 
@@ -73,8 +82,10 @@ def test_compressed_queries_and_experts_in_mtp_too():
 
 
 def compare_a_step(model: Model, mesh: dict[str, int]) -> None:
-    known = on_one_device(model)
-    found = stepped(v3_run(model), sharding.make_mesh(**mesh))
+    known, _ = on_one_device(model)
+    found, program = stepped(v3_run(model), sharding.make_mesh(**mesh))
+    if mesh in ({"fsdp": 8}, {"expert": 8}):
+        check_traffic(program, model, by_experts="expert" in mesh)
     assert found.keys() == known.keys()
     start = drawn.leaves((drawn.state(v3_run(model), SEED), {}))
     for path, value in known.items():
@@ -84,6 +95,36 @@ def compare_a_step(model: Model, mesh: dict[str, int]) -> None:
             assert value.any() or "bias" in path, path
     moved = [p for p in known if ".model" in p and (known[p] != start[p]).any()]
     assert len(moved) == sum(".model" in p for p in known)
+
+
+def check_traffic(program: str, model: Model, *, by_experts: bool) -> None:
+    """ZeRO-3's promise: weights are gathered for forward and for backward, their gradients summed
+    once; of the embedding only tokens are gathered, and experts stay where they are by `expert`.
+    """
+    cut = {"embed"} if by_experts else {"embed", "expert_embed"}
+
+    def size(module, of=lambda variable: True) -> int:
+        weights = jax.tree.leaves(module, is_leaf=sharding.is_variable)
+        return sum(4 * v.get_value().size for v in weights if of(v))
+
+    def is_cut(variable) -> bool:
+        return not cut.isdisjoint(variable.axes)
+
+    def is_summed(variable) -> bool:
+        by_own_device = by_experts and "experts" in variable.axes
+        return not (by_own_device or isinstance(variable, RouterBias))
+
+    weights, depths = abstract(model), 1 + len(model.mtp)
+    head, tokens = size(weights.lm_head), 4 * 8 * 16
+    layers = [*weights.layers, *weights.mtp]
+    sent = count(program).traffic
+    # MTP's embedding is computed again in backward.
+    gathered = sum(2 * size(layer, is_cut) for layer in layers) + head + (2 * depths - 1) * tokens
+    assert sent["all-gather"].payload == gathered
+    summed = size(layers, is_summed) + size(weights.norm) + depths * head
+    # And some numbers: losses, loads, norms of the gradients.
+    assert 0 <= sent["all-reduce"].payload - summed < 400
+    assert "reduce-scatter" not in sent or by_experts
 
 
 @pytest.mark.parametrize(

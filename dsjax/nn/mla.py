@@ -19,6 +19,7 @@ from dsjax.nn.attend import attend
 from dsjax.nn.causal import causal
 from dsjax.nn.masks import Places
 from dsjax.nn.norm import RMSNorm
+from dsjax.nn.precision import products
 from dsjax.nn.remat import LATENTS
 from dsjax.params import normal
 
@@ -41,7 +42,7 @@ class DirectQuery(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N HR"]:
         x_BTD = sharding.reshard(x_BTD, "batch", "length", None)
-        return jnp.einsum("BTD,DNX->BTNX", x_BTD, self.q_proj[...])
+        return products.value.einsum("BTD,DNX->BTNX", x_BTD, self.q_proj[...])
 
 
 class LatentQuery(nnx.Module):
@@ -56,11 +57,12 @@ class LatentQuery(nnx.Module):
         )
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T N HR"]:
-        latent_BTQ = self.q_a_norm(jnp.einsum("BTD,DQ->BTQ", x_BTD, self.q_a_proj[...]))
+        latent_BTQ = products.value.einsum("BTD,DQ->BTQ", x_BTD, self.q_a_proj[...])
+        latent_BTQ = self.q_a_norm(latent_BTQ)
         # Every head needs every token, and this is the narrowest that a token gets.
         latent_BTQ = sharding.reshard(latent_BTQ, "batch", "length", None)
         latent_BTQ = checkpoint_name(latent_BTQ, LATENTS)
-        return jnp.einsum("BTQ,QNX->BTNX", latent_BTQ, self.q_b_proj[...])
+        return products.value.einsum("BTQ,QNX->BTNX", latent_BTQ, self.q_b_proj[...])
 
 
 class MlaAttention(nnx.Module):
@@ -105,7 +107,7 @@ class MlaAttention(nnx.Module):
         q_nope_BTNH = query_BTNX[..., :nope]
         q_rope_BTNR = rope.rotate(query_BTNX[..., nope:], places.positions_BT, self.config.rope)
 
-        joint_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, self.kv_a_proj[...])
+        joint_BTX = products.value.einsum("BTD,DX->BTX", x_BTD, self.kv_a_proj[...])
         joint_BTX = sharding.reshard(joint_BTX, "batch", "length", None)
         joint_BTX = checkpoint_name(joint_BTX, LATENTS)
         latent_BTC = self.kv_a_norm(joint_BTX[..., :rank])
@@ -124,7 +126,7 @@ class MlaAttention(nnx.Module):
             path = self.absorbed if self._absorbing_pays(x_BTD.shape[1]) else self.expanded
             out_BTNW = path(q_nope_BTNH, q_rope_BTNR, *cache, visibility)
         residual = sharding.residual(x_BTD.shape[1])
-        y_BTD = sharding.einsum(
+        y_BTD = products.value.einsum(
             "BTNW,NWD->BTD", out_BTNW, self.o_proj[...], axes=("batch", residual, None)
         )
         return y_BTD, cache
@@ -141,7 +143,7 @@ class MlaAttention(nnx.Module):
     def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen, attention=attend):
         """Multi-head `attention` over keys and values unfolded from the latents: [B, T, N, W]."""
         nope = self.config.qk_nope_head_dim
-        keys_values_BSNX = jnp.einsum("BSC,CNX->BSNX", latent_BSC, self.kv_b_proj[...])
+        keys_values_BSNX = products.value.einsum("BSC,CNX->BSNX", latent_BSC, self.kv_b_proj[...])
         return attention(
             (q_nope_BTNH, q_rope_BTNR),
             (keys_values_BSNX[..., :nope], rope_BSR),

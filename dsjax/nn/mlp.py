@@ -1,11 +1,10 @@
 """SwiGLU feed-forward layer, dense or shared expert."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dsjax import sharding
+from dsjax.nn.precision import products
 from dsjax.params import normal
 
 
@@ -19,8 +18,8 @@ class SwiGlu(nnx.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         residual = sharding.residual(x_BTD.shape[1])
         x_BTD = sharding.reshard(x_BTD, "batch", "length", None)
-        pair_BTPF = jnp.einsum("BTD,DPF->BTPF", x_BTD, self.gate_up_proj[...])
-        hidden_BTF = jax.nn.silu(pair_BTPF[:, :, 0]) * pair_BTPF[:, :, 1]
-        return sharding.einsum(
+        pair_BTPF = products.value.einsum("BTD,DPF->BTPF", x_BTD, self.gate_up_proj[...])
+        hidden_BTF = products.value.swiglu(pair_BTPF[:, :, 0], pair_BTPF[:, :, 1])
+        return products.value.einsum(
             "BTF,FD->BTD", hidden_BTF, self.down_proj[...], axes=("batch", residual, None)
         )

@@ -18,9 +18,9 @@ from dsjax.nn.dispatch import dispatch
 from dsjax.nn.dispatch.parts import own_pairs, own_part, whole
 from dsjax.nn.dispatch.rows import Group, Rows, fan_out
 from dsjax.nn.mlp import SwiGlu
+from dsjax.nn.precision import products
 from dsjax.nn.router import GATES
 from dsjax.params import normal
-from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class MoeStats(NamedTuple):
@@ -47,9 +47,9 @@ class Experts(nnx.Module):
         )
 
     def __call__(self, x_UD, size_E):
-        gate_up_EDX = rearrange(self.gate_up_proj[...], "e d p f -> e d (p f)")
-        gate_UF, up_UF = jnp.split(grouped_matmul(x_UD, gate_up_EDX, size_E), 2, axis=-1)
-        return grouped_matmul(jax.nn.silu(gate_UF) * up_UF, self.down_proj[...], size_E)
+        by = products.value
+        gate_UF, up_UF = jnp.split(by.grouped(x_UD, self.gate_up_proj[...], size_E), 2, axis=-1)
+        return by.grouped(by.swiglu(gate_UF, up_UF), self.down_proj[...], size_E)
 
 
 class MoeFfn(nnx.Module):

@@ -46,7 +46,10 @@ def _keep_best_groups(
 
 
 def _weights(score_ME, choice_MK, *, normalize: bool, scale: float) -> Float[Array, "M K"]:
-    weight_MK = jnp.take_along_axis(score_ME, choice_MK, axis=-1)
+    # Not by index: the gradient of that is a scatter, which TPU's compiler turns into a sort.
+    expert_E = jnp.arange(score_ME.shape[-1], dtype=jnp.int32)
+    chosen_MKE = choice_MK[..., None] == expert_E[None, None]
+    weight_MK = jnp.where(chosen_MKE, score_ME[:, None], 0).sum(-1)
     if normalize:
         weight_MK = weight_MK / (weight_MK.sum(-1, keepdims=True) + 1e-20)
     return weight_MK * scale

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dsjax.losses import Batch
 from dsjax.model import abstract
 from dsjax.params import count
 from dsjax.plan import absent, buffers, counting, search
-from dsjax.plan.buffers import OutOfMemory
+from dsjax.plan.buffers import Memory, OutOfMemory
 from dsjax.plan.chips import Topology
 from dsjax.plan.table import Plan
 from dsjax.run import MeshShape, Run
@@ -42,27 +42,37 @@ def lowered(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         return make_train_step(run).lower(state, Batch(rows, rows, rows), used)
 
 
+def finished(program: jax.stages.Lowered) -> tuple[str, Memory]:
+    """The compiled program and its memory, machine code and all."""
+    compiled = program.compile()
+    return compiled.as_text(), buffers.memory(compiled.memory_analysis())
+
+
 def compile_step(
-    run: Run, topology: Topology, devices: Sequence[jax.Device] | None = None
+    run: Run,
+    topology: Topology,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    by: Callable[[jax.stages.Lowered], tuple[str, Memory]] = finished,
 ) -> Plan | OutOfMemory:
     """What the compiler says of a step of `run` on `topology`: a plan, or that it does not fit.
 
-    `devices` (default: those of `topology`, absent ones) are what `run.mesh` is made of. Raises
-    `absent.NoCompiler`, and ValueError as `lowered` does.
+    `devices` (default: those of `topology`, absent ones) are what `run.mesh` is made of. `by` may
+    also be `early.planned`. Raises `absent.NoCompiler`, and ValueError as `lowered` does.
     """
     devices = absent.devices(topology) if devices is None else devices
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
     program = lowered(run, mesh)
     began = time.monotonic()
     try:
-        compiled = program.compile()
+        text, memory = by(program)
     except jax.errors.JaxRuntimeError as error:
         refused = buffers.out_of_memory(str(error))
         if refused is None:
             raise
         return refused
     seconds = time.monotonic() - began
-    text, shape, model = compiled.as_text(), run.batch, run.model
+    shape, model = run.batch, run.model
     weights = abstract(model)
     per_token = flops.training_flops_per_token(model, shape.length)
     return Plan(
@@ -74,7 +84,7 @@ def compile_step(
             "MTP modules": count(weights.mtp),
             "of them trained": count(weights, nnx.Param),
         },
-        memory=buffers.memory(compiled.memory_analysis()),
+        memory=memory,
         largest=tuple(buffers.largest(text)),
         useful=per_token * shape.size * shape.length / len(devices),
         # Other loops of unknown length are rounds of a dispatch: one, where load is even.

@@ -18,6 +18,8 @@ STATED = re.compile(r'"cost_estimate":\{"flops":"?(\d+)')
 # as wide as keys (scores, gradients of queries and keys) and as values (results, their gradients).
 SPLASH = re.compile(r"splash_mha_(fwd|dq|dkv)")
 WIDTHS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+# TPU's ragged product, which states nothing either.
+RAGGED = re.compile(r"ragged-dot")
 BLOCK = re.compile(r'\\"block_kv(?:_dq|_dkv)?\\": (\d+)')
 PRODUCTS = ("dot", "ragged-dot", "convolution", "custom-call")
 # Kernels, which may be products and should say what they cost.
@@ -52,20 +54,33 @@ def _custom(instruction: Instruction, within: Computation) -> float | None:
         lhs = _shape(instruction, within, 0)
         contracted = (lhs[int(dim)] for dim in json.loads(gemm.group(1)))
         return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
+    if RAGGED.match(instruction.name):
+        return _ragged(instruction, within)
     if splash := SPLASH.match(instruction.name):
         return _splash(instruction, within, *WIDTHS[splash.group(1)])
     is_integer = all(array.dtype[0] in "sup" for array in instruction.arrays)
     return None if KERNEL.search(instruction.attributes) and not is_integer else 0.0
 
 
+def _ragged(instruction: Instruction, within: Computation) -> float:
+    """Rows [M, K] times a matrix of each group, or rows of each group times other rows.
+
+    Of both kinds every row meets K * N numbers. What only finds the groups computes nothing.
+    """
+    arrays = (within.instructions[name].arrays[0] for name in instruction.operands)
+    rows = [one.shape for one in arrays if "f" in one.dtype][:1]
+    return math.fsum(2.0 * math.prod(shape) * instruction.arrays[0].shape[-1] for shape in rows)
+
+
 def _splash(instruction: Instruction, within: Computation, keys: int, values: int) -> float:
     """Products of all pairs in the blocks that a causal mask does not rule out."""
-    shapes = (within.instructions[name].arrays[0].shape for name in instruction.operands)
-    query, key, value = [shape for shape in shapes if len(shape) == 4][:3]
+    arrays = (within.instructions[name].arrays[0] for name in instruction.operands)
+    # [B, N, T, X], or without B where a device has one row. Before them come integers: the mask.
+    query, key, value = [one.shape for one in arrays if "f" in one.dtype and len(one.shape) > 2][:3]
     found = BLOCK.search(instruction.attributes)
-    blocks = key[2] / int(found.group(1)) if found else 1
-    width = keys * key[3] + values * value[3]
-    return 2.0 * math.prod(query[:3]) * key[2] * width * (blocks + 1) / (2 * blocks)
+    blocks = key[-2] / int(found.group(1)) if found else 1
+    width = keys * key[-1] + values * value[-1]
+    return 2.0 * math.prod(query[:-1]) * key[-2] * width * (blocks + 1) / (2 * blocks)
 
 
 def _shape(instruction: Instruction, within: Computation, number: int) -> tuple[int, ...]:

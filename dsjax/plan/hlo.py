@@ -19,7 +19,7 @@ END = re.compile(r"^\}(, execution_thread=.*)?$")
 COMMENT = re.compile(r"/\*.*?\*/")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
 OPCODE = re.compile(r"([a-z][\w\-]*)\(")
-OPERAND = re.compile(r"%([\w.\-]+)")
+OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%([\w.\-]+)"
 )
@@ -159,13 +159,32 @@ def parse(text: str) -> Module:
 
 
 def _computation(name: str, lines: list[str]) -> Computation:
-    instructions, root = {}, ""
+    instructions, texts, root = {}, {}, ""
     for line in lines:
         begin = INSTRUCTION.match(line)
-        instruction = _instruction(begin.group(2), COMMENT.sub("", line[begin.end() :]))
+        text = COMMENT.sub("", line[begin.end() :])
+        instruction = _instruction(begin.group(2), text)
+        for operand in instruction.operands:
+            if "#" in operand and operand not in instructions:
+                instructions[operand] = _element(operand, texts)
+        texts[instruction.name] = text
         instructions[instruction.name] = instruction
         root = instruction.name if begin.group(1) else root
     return Computation(name, instructions, root)
+
+
+def _element(name: str, texts: dict[str, str]) -> Instruction:
+    """What TPU's compiler writes as `%tuple#2` where others have a get-tuple-element before."""
+    whole, _, index = name.partition("#")
+    text = texts[whole]
+    depth, ends = 0, [0]
+    for at, sign in enumerate(text[: _closed(text, 0)]):
+        depth += (sign in "([{") - (sign in ")]}")
+        if (sign == "," and depth == 1) or depth == 0:
+            ends.append(at)
+    start, end = ends[int(index) : int(index) + 2]
+    arrays = arrays_of(text[start + 1 : end])
+    return Instruction(name, "get-tuple-element", arrays, f"%{whole}", f", index={index}")
 
 
 def _instruction(name: str, text: str) -> Instruction:

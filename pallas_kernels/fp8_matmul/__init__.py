@@ -5,10 +5,17 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels import select
-from pallas_kernels.fp8_matmul import gpu, reference, tpu
+from pallas_kernels.fp8_matmul import dequantize, gpu, reference, tpu, tpu_wide
 from pallas_kernels.quantize.shapes import num_blocks
 
-IMPLEMENTATIONS = {"gpu": gpu.matmul, "tpu": tpu.matmul, "reference": reference.matmul}
+IMPLEMENTATIONS = {
+    "gpu": gpu.matmul,
+    "tpu": tpu.matmul,
+    "dequantize": dequantize.matmul,
+    "reference": reference.matmul,
+    # Behind the one that takes everything: it runs where it is named, for its numbers are others.
+    "tpu_wide": tpu_wide.matmul,
+}
 
 
 def fp8_matmul(
@@ -29,6 +36,7 @@ def fp8_matmul(
     with scales [M, ceil(K/128)] as `quantize_rows` gives them. `w_NK` [N, K] with scales either
     [ceil(N/128), ceil(K/128)] as from `quantize_blocks`, or [N, ceil(K/128)] as from
     `quantize_rows` and `quantize_columns`: the form of a weight's gradient. Any M, N and K.
+    "tpu_wide" computes something else, near that; see its file.
     Differentiable a level higher, in `fp8_linear`.
     """
     (M, K), (N, inner) = x_MK.shape, w_NK.shape

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.chip import chip, needs_hopper
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 from pallas_kernels.select import Unsupported
+from pallas_kernels.varying import like
 
 WGMMA = plgpu.Layout.WGMMA
 COMPUTE_GROUPS = 2
@@ -29,9 +30,33 @@ STAGES = 5
 BAND = 8
 
 
-def _tiled(dtype, width: int):
+def tiled(dtype, width: int):
+    """How tiles `width` wide lie in shared memory."""
     swizzle = width * jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
+
+
+def add_products(sums: Array, x_smem, w_smem, x_scales_smem, w_scales) -> Array:
+    """sums + x w^T over 128, scaled: a row of scales for each operand, or a function for one."""
+
+    def products(part_ref):
+        plgpu.wgmma(part_ref, x_smem, w_smem.T)
+        # The tensor cores are at work. Scales are read by ordinary loads, and what the copy engine
+        # puts in their place must not overtake those: hence the fence.
+        scale = plgpu.load(x_scales_smem, layout=WGMMA.reduce(1))
+        if callable(w_scales):
+            scale *= w_scales()
+        plgpu.commit_smem()
+        return part_ref[...], scale
+
+    part, scale = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+    part *= lax.broadcast_in_dim(scale, part.shape, (0,))
+    if not callable(w_scales):
+        # Not before: 32 numbers more to a thread would not fit its registers.
+        scale = plgpu.load(w_scales.at[0], layout=WGMMA.reduce(0))
+        part *= lax.broadcast_in_dim(scale, part.shape, (1,))
+        plgpu.commit_smem()
+    return sums + part
 
 
 def _kernel(
@@ -44,16 +69,16 @@ def _kernel(
     warpgroup = lax.axis_index("warpgroup")
     mine = pl.ds(warpgroup * ROWS, ROWS)
     operand = {
-        "transforms": _tiled(x_gmem.dtype, 64 if K % BLOCK else BLOCK),
+        "transforms": tiled(x_gmem.dtype, 64 if K % BLOCK else BLOCK),
         "memory_space": plgpu.SMEM,
     }
     line = plgpu.BlockSpec((1, BLOCK), lambda k: (k, 0), memory_space=plgpu.SMEM)
     tile = plgpu.BlockSpec((BLOCK, BLOCK), lambda k: (0, k), **operand)
 
-    def pipeline(body, context):
+    def pipeline(body, context, steps_here=steps):
         return plgpu.emit_pipeline_warp_specialized(
             body,
-            grid=(steps,),
+            grid=(steps_here,),
             in_specs=[tile, tile, line, *[line] * by_column],
             memory_registers=40,
             wg_axis="warpgroup",
@@ -75,7 +100,7 @@ def _kernel(
         y_smem=plgpu.SMEM(
             (COMPUTE_GROUPS, ROWS, BLOCK),
             y_gmem.dtype,
-            transforms=_tiled(y_gmem.dtype, 128 // jnp.dtype(y_gmem.dtype).itemsize),
+            transforms=tiled(y_gmem.dtype, 128 // jnp.dtype(y_gmem.dtype).itemsize),
         ),
         collective_axes="warpgroup",
     )
@@ -86,43 +111,27 @@ def _kernel(
             rows, columns = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
             # The matrices of all groups lie below one another. What a tile at the right edge reads
             # of the next one's is not written.
-            group = jnp.maximum(groups_gmem[0][m], 0) if groups_gmem else 0
+            group, steps_here = 0, steps
+            if groups_gmem:
+                group = jnp.maximum(groups_gmem[0][m], 0)
+                steps_here = jnp.where(groups_gmem[0][m] >= 0, steps, 0)
             w_rows, w_block = pl.ds(group * N + n * BLOCK, BLOCK), group * across + n
 
             def context(run):
-                zeros = plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA)
-                sums = run(zeros)
-                if groups_gmem:
-                    group_of_all = lax.broadcast_in_dim(groups_gmem[0][m], sums.shape, ())
-                    sums = jnp.where(group_of_all >= 0, sums, zeros)
+                sums = run(plgpu.layout_cast(jnp.zeros((ROWS, BLOCK), jnp.float32), WGMMA))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 y_smem[warpgroup] = sums.astype(y_gmem.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[rows, columns].at[mine])
 
             def body(index, x_smem, w_smem, x_scales_smem, *rest):
-                *w_scales_smem, sums = rest
+                *w_scales, sums = rest
+                if not by_column:
+                    w_scales = [lambda: w_scales_gmem[w_block, index[0]]]
+                x_scales = x_scales_smem.at[0, mine]
+                return add_products(sums, x_smem.at[mine], w_smem, x_scales, *w_scales)
 
-                def products(part_ref):
-                    plgpu.wgmma(part_ref, x_smem.at[mine], w_smem.T)
-                    # The tensor cores are at work. Scales are read by ordinary loads, and what the
-                    # copy engine puts in their place must not overtake those: hence the fence.
-                    scale = plgpu.load(x_scales_smem.at[0, mine], layout=WGMMA.reduce(1))
-                    if not by_column:
-                        scale *= w_scales_gmem[w_block, index[0]]
-                    plgpu.commit_smem()
-                    return part_ref[...], scale
-
-                part, scale = pl.run_scoped(products, plgpu.ACC((ROWS, BLOCK), jnp.float32))
-                part *= lax.broadcast_in_dim(scale, part.shape, (0,))
-                for ref in w_scales_smem:
-                    # Not before: 32 numbers more to a thread would not fit its registers.
-                    scale = plgpu.load(ref.at[0], layout=WGMMA.reduce(0))
-                    part *= lax.broadcast_in_dim(scale, part.shape, (1,))
-                    plgpu.commit_smem()
-                return sums + part
-
-            pipeline(body, context)(
+            pipeline(body, context, steps_here)(
                 x_gmem.at[rows],
                 w_gmem.at[w_rows],
                 x_scales_gmem.at[:, rows],
@@ -152,13 +161,14 @@ def _call(op: str, x_MK: Array, x_scales: Array, w, w_scales: Array, groups, N: 
         num_threads=COMPUTE_GROUPS + 1,
         thread_name="warpgroup",
     )
-    return kernel(
+    y_MN = kernel(
         jnp.pad(x_MK, ((0, more), (0, 0))),
         jnp.pad(x_scales.T, ((0, 0), (0, more))),
         w.reshape(-1, K),
         w_scales.T if by_column else w_scales.reshape(-1, w_scales.shape[-1]),
         *groups,
-    )[:M]
+    )
+    return like(x_MK, y_MN[:M])
 
 
 def matmul(

@@ -22,29 +22,33 @@ TILE = 256
 
 def _kernel(groups_ref, x_ref, x_scales_ref, w_ref, w_scales_ref, y_ref, sums_ref, *, size: int):
     step, steps = pl.program_id(2), pl.num_programs(2)
+    in_a_group = groups_ref[pl.program_id(0)] >= 0
 
     @pl.when(step == 0)
     def _begin():
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    blocks = x_ref.shape[1] // BLOCK
-    for number in range(blocks):
-        here = slice(number * BLOCK, (number + 1) * BLOCK)
-        block = step * blocks + number
-        # BF16 holds every number of e4m3, and all TPUs multiply it.
-        x, w = x_ref[:, here].astype(jnp.bfloat16), w_ref[:, here].astype(jnp.bfloat16)
-        if size % BLOCK:
-            x, w = (_cut(values, size - block * BLOCK) for values in (x, w))
-        part = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        scales = x_scales_ref[...]
-        is_this = lax.broadcasted_iota(jnp.int32, scales.shape, 1) == block
-        x_scale = jnp.where(is_this, scales, 0).sum(1, keepdims=True)
-        sums_ref[...] += part * (x_scale * w_scales_ref[number])
+    @pl.when(in_a_group)
+    def _add():
+        blocks = x_ref.shape[1] // BLOCK
+        for number in range(blocks):
+            here = slice(number * BLOCK, (number + 1) * BLOCK)
+            block = step * blocks + number
+            # BF16 holds every number of e4m3, and all TPUs multiply it.
+            x, w = x_ref[:, here].astype(jnp.bfloat16), w_ref[:, here].astype(jnp.bfloat16)
+            if size % BLOCK:
+                x, w = (_cut(values, size - block * BLOCK) for values in (x, w))
+            part = lax.dot_general(
+                x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            scales = x_scales_ref[...]
+            is_this = lax.broadcasted_iota(jnp.int32, scales.shape, 1) == block
+            x_scale = jnp.where(is_this, scales, 0).sum(1, keepdims=True)
+            sums_ref[...] += part * (x_scale * w_scales_ref[number])
 
     @pl.when(step == steps - 1)
     def _end():
-        in_a_group = groups_ref[pl.program_id(0)] >= 0
-        y_ref[...] = jnp.where(in_a_group, sums_ref[...], 0).astype(y_ref.dtype)
+        y_ref[...] = sums_ref[...].astype(y_ref.dtype)
 
 
 def _cut(values: Array, size: Array) -> Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 ROOM = 1.25
 TILE = 64
@@ -86,7 +87,7 @@ def _padded(x: Array) -> Array:
     return jnp.pad(x, ((0, TILE), (0, 0)))
 
 
-def _rows_times_matrix(x_MK: Array, w_GKN: Array, sizes_G: Array, contract: int) -> Array:
+def rows_times_matrix(x_MK: Array, w_GKN: Array, sizes_G: Array, contract: int) -> Array:
     """Each row against its group's matrix, contracting matrix axis `contract` (0: w, 1: w^T)."""
     num_rows, wide = x_MK.shape[0], np.promote_types(x_MK.dtype, jnp.float32)
     layout = _layout(sizes_G, num_rows)
@@ -119,7 +120,9 @@ def _rows_times_matrix(x_MK: Array, w_GKN: Array, sizes_G: Array, contract: int)
     return _if_any_rest(layout, finish, out)
 
 
-def _rows_transposed_times_rows(x_MK: Array, y_MN: Array, sizes_G: Array, dtype) -> Array:
+def rows_transposed_times_rows(
+    x_MK: Array, y_MN: Array, sizes_G: Array, out_dtype: DTypeLike
+) -> Array:
     """sum over a group's rows of x^T y: [G, K, N], the gradient of the group's matrix."""
     wide = np.promote_types(x_MK.dtype, jnp.float32)
     layout = _layout(sizes_G, x_MK.shape[0])
@@ -145,13 +148,13 @@ def _rows_transposed_times_rows(x_MK: Array, y_MN: Array, sizes_G: Array, dtype)
 
         return _over_the_rest(layout, step, grads)
 
-    return _if_any_rest(layout, finish, grads).astype(dtype)
+    return _if_any_rest(layout, finish, grads).astype(out_dtype)
 
 
 @jax.custom_vjp
 def blocks(x_MK: Array, w_GKN: Array, sizes_G: Array) -> Array:
     """See `grouped_matmul`."""
-    return _rows_times_matrix(x_MK, w_GKN, sizes_G, contract=0)
+    return rows_times_matrix(x_MK, w_GKN, sizes_G, contract=0)
 
 
 def _forward(x_MK, w_GKN, sizes_G):
@@ -160,8 +163,8 @@ def _forward(x_MK, w_GKN, sizes_G):
 
 def _backward(saved, grad_MN):
     x_MK, w_GKN, sizes_G = saved
-    grad_x = _rows_times_matrix(grad_MN, w_GKN, sizes_G, contract=1)
-    return grad_x, _rows_transposed_times_rows(x_MK, grad_MN, sizes_G, w_GKN.dtype), None
+    grad_x = rows_times_matrix(grad_MN, w_GKN, sizes_G, contract=1)
+    return grad_x, rows_transposed_times_rows(x_MK, grad_MN, sizes_G, w_GKN.dtype), None
 
 
 blocks.defvjp(_forward, _backward)

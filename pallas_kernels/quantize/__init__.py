@@ -99,6 +99,11 @@ def dequantize_blocks(values_NK: Array, scales: Array, dtype: DTypeLike = jnp.fl
     return _dequantize(values_NK, scales, (BLOCK, BLOCK), dtype)
 
 
+def backend(implementation: str | None) -> str | None:
+    """The quantizers' implementation beside a product's one, which may have no namesake here."""
+    return implementation if implementation in BACKENDS else None
+
+
 def _dequantize(values: Array, scales: Array, block: tuple[int, int], dtype: DTypeLike) -> Array:
     expected = tuple(num_blocks(n, size) for n, size in zip(values.shape, block, strict=True))
     if scales.shape != expected:

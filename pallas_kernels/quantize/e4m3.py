@@ -77,3 +77,14 @@ def nearest(x: Array, scale: Array, inverse: Array) -> Array:
     up = (excess > rest) | ((excess == rest) & is_odd)
     rounded = _float(jnp.where(up, below + _STEP, below)) - shift
     return _float(_bits(rounded) | (_bits(x) & _SIGN))
+
+
+def encoded(x: Array) -> Array:
+    """`nearest`'s numbers as e4m3: the cast, which XLA's CPU does in more than all steps before."""
+    size, sign = magnitude(x), (_bits(x) >> 24) & 0x80
+    # The exponent's bias is 127 here and 7 there. Below its normal numbers e4m3 counts steps.
+    normal = (size >> 20) - ((127 - 7) << 3)
+    steps = (_float(size) * 2.0**9).astype(jnp.int32)
+    code = jnp.where(_float(size) < _SMALLEST_NORMAL, steps, normal)
+    code = jnp.where(size > _INFINITY, 0x7F, code) | sign
+    return lax.bitcast_convert_type(code.astype(jnp.uint8), jnp.float8_e4m3fn)

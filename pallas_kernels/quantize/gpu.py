@@ -20,6 +20,7 @@ from pallas_kernels.chip import needs_hopper
 from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 from pallas_kernels.select import Unsupported
+from pallas_kernels.varying import like
 
 E4M3 = jnp.float8_e4m3fn
 # A register tile: with all 128 rows at once, a thread would hold 128 numbers and spill.
@@ -196,7 +197,7 @@ def _call(op: str, kernel, x: Array, shape, parts: list[str], **how) -> list[Arr
     for number, part in enumerate(parts):
         if part != "blocks":
             out[2 * number + 1] = out[2 * number + 1].T[: out[2 * number].shape[0]]
-    return out
+    return [like(x, one) for one in out]
 
 
 def rows(x_MK: Array, *, power_of_two: bool) -> tuple[Array, Array]:

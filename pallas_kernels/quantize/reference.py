@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
@@ -18,7 +18,7 @@ def _quantize(x_MK: Array, rows: int, columns: int, power_of_two: bool) -> tuple
     scales = e4m3.scales(amax, power_of_two=power_of_two)
     values = e4m3.nearest(blocks, scales, 1 / scales)
     values = values.reshape(down * rows, along * columns)[:num_rows, :num_columns]
-    return values.astype(jnp.float8_e4m3fn), scales[:, 0, :, 0]
+    return e4m3.encoded(values), scales[:, 0, :, 0]
 
 
 def rows(x_MK: Array, *, power_of_two: bool) -> tuple[Array, Array]:
@@ -33,7 +33,9 @@ def blocks(w_NK: Array, *, power_of_two: bool) -> tuple[Array, Array]:
 
 def columns(x_MK: Array, *, power_of_two: bool) -> tuple[Array, Array]:
     """See `quantize_columns`."""
-    return rows(x_MK.T, power_of_two=power_of_two)
+    # Bytes are turned, and not all that they are made from: on CPU several times as fast.
+    values_MK, scales = lax.optimization_barrier(_quantize(x_MK, BLOCK, 1, power_of_two))
+    return values_MK.T, scales.T
 
 
 def rows_and_columns(x_MK: Array, *, power_of_two: bool) -> tuple[Array, Array, Array, Array]:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from pallas_kernels import quantize
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
 from pallas_kernels.fp8_grouped_matmul.shapes import CONTIGUOUS
+from pallas_kernels.fp8_grouped_wgrad import fp8_grouped_wgrad
+from pallas_kernels.fp8_masked_matmul import fp8_masked_matmul
+from pallas_kernels.fp8_masked_matmul.shapes import MASKED
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul.shapes import DENSE
 from pallas_kernels.quantize.shapes import ACTIVATIONS, SWIGLU, WEIGHTS
@@ -77,6 +80,51 @@ def _grouped(platform: str) -> dict:
     }
 
 
+def _masked(platform: str) -> dict:
+    return {
+        f"fp8_masked_matmul {G}x{places}, {N}x{K}": (
+            functools.partial(fp8_masked_matmul, implementation=platform),
+            ((G, places, K), E4M3),
+            ((G, places, -(-K // 128)), F32),
+            ((G, N, K), E4M3),
+            ((G, -(-N // 128), -(-K // 128)), F32),
+            ((G,), jnp.int32),
+        )
+        for G, places, _, N, K in MASKED.values()
+    }
+
+
+def _wgrads(platform: str) -> dict:
+    return {
+        f"fp8_grouped_wgrad {G}x{rows}, {N}x{K} {out_dtype.__name__}": (
+            functools.partial(
+                fp8_grouped_wgrad, num_groups=G, out_dtype=out_dtype, implementation=platform
+            ),
+            ((N, G * rows), E4M3),
+            ((N, G * rows // 128), F32),
+            ((K, G * rows), E4M3),
+            ((K, G * rows // 128), F32),
+            ((G * rows // 128,), jnp.int32),
+        )
+        for (G, rows, N, K), out_dtype in zip(CONTIGUOUS.values(), (F32, BF16) * 2, strict=True)
+    }
+
+
+def _wide(platform: str) -> dict:
+    return {
+        f"fp8_matmul_wide {'x'.join(map(str, shape))}": _matmul(*shape, BF16, f"{platform}_wide")
+        for shape in DENSE.values()
+    }
+
+
 GPU, TPU = (
-    _quantizers(platform) | _matmuls(platform) | _grouped(platform) for platform in ("gpu", "tpu")
+    _quantizers(platform)
+    | _matmuls(platform)
+    | _grouped(platform)
+    | _masked(platform)
+    | _wgrads(platform)
+    for platform in ("gpu", "tpu")
 )
+
+# For chips whose matrix unit takes e4m3.
+TPU7 = _wide("tpu")

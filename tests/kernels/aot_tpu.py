@@ -31,7 +31,7 @@ def main(only: str) -> int:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-    from tests.kernels.aot_cases import TPU
+    from tests.kernels.aot_cases import TPU, TPU7
 
     print(f"jax {jax.__version__}")
     faults = 0
@@ -43,7 +43,7 @@ def main(only: str) -> int:
         mesh = AbstractMesh(
             (1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=described
         )
-        for name, (function, *arguments) in TPU.items():
+        for name, (function, *arguments) in (TPU | (TPU7 if chip == "tpu7x" else {})).items():
             if only not in name:
                 continue
             abstract = [

@@ -8,14 +8,15 @@ import numpy as np
 from pallas_kernels.chip import interpreted
 
 BACKENDS = ("reference", "gpu", "tpu")
+PRODUCTS = ("dequantize", *BACKENDS)
 
 
 def on(backend: str) -> contextlib.AbstractContextManager:
     """The interpreter, looking for races, for a backend that needs one."""
-    return contextlib.nullcontext() if backend == "reference" else interpreted(backend)
+    return interpreted(backend) if backend in ("gpu", "tpu") else contextlib.nullcontext()
 
 
-def run(backend: str, function, *arguments, **options):
+def run(backend: str | None, function, *arguments, **options):
     """function(*arguments, implementation=backend, **options) compiled, as NumPy arrays."""
 
     def call(*arguments):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, WGRADS, grouped_matmul, grouped_wgrad
 from tests.tolerance import TOLERANCE, rel_err
 
 # Name -> (rows, K, N, group sizes); rows beyond the sum belong to no group.
@@ -88,6 +88,21 @@ def test_bfloat16_is_summed_in_float32(name, seed):
         assert rel_err(one, exact) < TOLERANCE["bf16"] / 2
 
 
+@pytest.mark.parametrize("name", [*WGRADS, None])
+@pytest.mark.parametrize("shape", ["odd sizes", "rows behind", "one huge group"])
+def test_weight_gradient_alone(name, shape, seed):
+    x, w, sizes, grad = drawn(shape, seed)
+    short = jnp.asarray(grad, jnp.bfloat16), jnp.asarray(x, jnp.bfloat16)
+    call = jax.jit(lambda *a: grouped_wgrad(*a, implementation=name))
+    found = call(*(one.astype(jnp.float32) for one in short), jnp.asarray(sizes))
+    _, _, exact = plain(
+        np.asarray(short[1], np.float64), w, sizes, np.asarray(short[0], np.float64)
+    )
+    assert rel_err(found, exact.swapaxes(1, 2)) < TOLERANCE["f32"]
+    # BF16 in, FP32 out: nothing is rounded on the way.
+    assert rel_err(call(*short, jnp.asarray(sizes)), exact.swapaxes(1, 2)) < TOLERANCE["f32"]
+
+
 def test_a_wrong_answer_is_seen(seed):
     x, w, sizes, grad = drawn("odd sizes", seed)
     moved = sizes.copy()
@@ -121,3 +136,5 @@ def test_errors_name_what_does_not_fit():
         grouped_matmul(x, w, jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match=r"'cuda'; there are .*'blocks'"):
         grouped_matmul(x, w, sizes, implementation="cuda")
+    with pytest.raises(ValueError, match=r"grouped_wgrad wants dy .* \(5, 2\), \(4, 3\), \(2,\)"):
+        grouped_wgrad(jnp.zeros((5, 2)), x, sizes)

@@ -206,6 +206,7 @@ def test_bad_input_is_refused():
 
 # The GPU interpreter takes one device's barriers for leftovers of another's.
 @pytest.mark.parametrize(("backend", "devices"), [("gpu", 1), ("tpu", 2)])
+@pytest.mark.usefixtures("uncached")
 def test_kernels_run_per_device(backend, devices, seed):
     x = mixed(seed, jnp.float32, (128, 128))
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -1,6 +1,7 @@
 """However rows travel to their experts, the layer is the one that a single device computes."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from dsjax import sharding
 from dsjax.config import Moe, SigmoidRouter
-from dsjax.nn import moe
+from dsjax.nn import precision
 from dsjax.nn.dispatch import TRANSPORTS, ragged, rounds, transport_for
 from dsjax.nn.dispatch.rows import Group
 from dsjax.nn.moe import MoeFfn
@@ -54,7 +55,7 @@ def emulated(operand, output, from_A, sent_A, to_A, got_A, *, axis_name):
 @pytest.fixture(autouse=True)
 def quick_to_compile(monkeypatch):
     """The product of the experts has tests of its own, and takes most of the time to compile."""
-    monkeypatch.setattr(moe, "grouped_matmul", reference)
+    monkeypatch.setattr(precision, "grouped_matmul", reference)
     monkeypatch.setitem(TRANSPORTS, "ragged", functools.partial(ragged, collective=emulated))
 
 
@@ -114,14 +115,32 @@ def check(found, expected, bias: str) -> None:
         assert np.any(value) or "bias" in where or "dropped" in where, where
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", TRANSPORTS)
+def first(cases, *chosen):
+    """The `chosen` cases belong to the default suite."""
+    return [
+        pytest.param(
+            *case, marks=() if case in chosen else pytest.mark.thorough, id=" ".join(map(str, case))
+        )
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    first(
+        itertools.product(TRANSPORTS, MESHES),
+        ("ring", "data 2, expert 2, context 2"),
+        ("all_to_all", "expert 2, tensor 4"),
+        ("ragged", "fsdp 2, expert 4"),
+    ),
+)
 def test_output_and_every_gradient_as_on_one_device(name, mesh, seed):
     compare(MESHES[mesh], seed, name=name)
 
 
 @pytest.mark.parametrize(
-    ("name", "length"), [("ring", 1), ("all_to_all", 1), ("all_to_all", 5), ("ragged", 5)]
+    ("name", "length"),
+    first([("ring", 1), ("all_to_all", 1), ("all_to_all", 5), ("ragged", 5)], ("all_to_all", 5)),
 )
 def test_tokens_that_cannot_be_cut_over_tensor(name, length, seed):
     """As in decoding: two devices share out one row, or five, that both of them hold."""
@@ -237,7 +256,7 @@ def test_a_sum_over_rounds_and_its_gradient(number, seed):
 
 def test_memory_does_not_grow_with_the_pairs_of_the_group(monkeypatch):
     """What each device adds to a ring is its rows, a few times over, and not its pairs."""
-    monkeypatch.setattr(moe, "grouped_matmul", lambda x, w, sizes: x @ w[0])
+    monkeypatch.setattr(precision, "grouped_matmul", lambda x, w, sizes: x @ w[0])
     rows, dim = 256, 64
     config = Moe(num_experts=E, num_chosen=4, num_shared=0, intermediate_size=8, router=ROUTER)
     module = jax.eval_shape(lambda: MoeFfn(config, dim, std=1.0, rngs=nnx.Rngs(0)))

@@ -104,6 +104,47 @@ def test_a_branch_gets_its_own_operand():
     assert loops(IN_A_BRANCH) == {"while.first": 6, "while.second": 4}
 
 
+SHORT = """HloModule short
+
+%body (p: (s32[], (s32[2,3], f32[4]))) -> (s32[], (s32[2,3], f32[4])) {
+  %p = (s32[]{:T(128)}, (s32[2,3]{1,0:T(8,128)}, f32[4]{0})) parameter(0)
+  %one = s32[] constant(1)
+  %next = s32[] add(%p#0, %one)
+  ROOT %out = (s32[]{:T(128)}, (s32[2,3]{1,0:T(8,128)}, f32[4]{0})) tuple(%next, %p#1)
+}
+
+%condition (q: (s32[], (s32[2,3], f32[4]))) -> pred[] {
+  %five = s32[] constant(5)
+  %q = (s32[]{:T(128)}, (s32[2,3]{1,0:T(8,128)}, f32[4]{0})) parameter(0)
+  ROOT %less = pred[] compare(%q#0, %five), direction=LT
+}
+
+ENTRY %main (x: bf16[8,16], w: bf16[2,16,4], n: s32[2], t: (s32[2,3], f32[4])) -> s32[] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[2,16,4]{2,1,0} parameter(1)
+  %n = s32[2] parameter(2)
+  %t = (s32[2,3], f32[4]) parameter(3)
+  %zero = s32[] constant(0)
+  %ragged-dot-metadata = (s32[3], s32[2]) custom-call(%n), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.1 = f32[8,4]{1,0} custom-call(%ragged-dot-metadata#1, %x, %w), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.2 = f32[2,16,4] custom-call(%ragged-dot-metadata#0, %x, %ragged-dot-none.1), custom_call_target="tpu_custom_call"
+  %first = (s32[]{:T(128)}, (s32[2,3]{1,0:T(8,128)}, f32[4]{0})) tuple(%zero, %t)
+  %while.1 = (s32[]{:T(128)}, (s32[2,3]{1,0:T(8,128)}, f32[4]{0})) while(%first), condition=%condition, body=%body
+  ROOT %end = s32[] copy(%while.1#0)
+}
+"""  # noqa: E501
+
+
+def test_elements_of_tuples_without_an_instruction_of_their_own():
+    assert loops(SHORT) == {"while.1": 5}
+    element = hlo.parse(SHORT).computations["body"].instructions["p#1"]
+    assert list(map(str, element.arrays)) == ["s32[2,3]", "f32[4]"]
+    # Each of 8 rows meets 16 x 4 numbers, in the product and in the gradient of its matrices.
+    counts = counting.count(SHORT)
+    assert counts.flops == 2 * (2 * 8 * 16 * 4)
+    assert not counts.notes
+
+
 def test_tpu_program():
     counts = counting.count(TPU)
     # 4 outer passes of 3 products [32, 128] x [128, 128]; 32 x 16 products of [128, 64] and its

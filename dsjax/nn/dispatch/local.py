@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsjax.nn.dispatch.placing import combined, pairs_by, placed
+from dsjax.nn.dispatch.placing import combined, first_marked, pairs_by, placed
 from dsjax.nn.dispatch.rounds import over_rounds, room
 from dsjax.nn.dispatch.rows import Rows
 
@@ -32,7 +31,13 @@ def through_experts(
     local_JM, weight_JM = rows.choice_MK.T - first, rows.weight_MK.T
     local_JM = jnp.where((local_JM >= 0) & (local_JM < num_local), local_JM, num_local)
     if num_local < local_JM.shape[0]:
-        local_JM, weight_JM = _first_columns(local_JM, weight_JM, num_local)
+        # No row has more business here than there are experts; its other columns are empty.
+        taken_JKM = first_marked(local_JM < num_local, num_local)
+        local_JM = num_local - jnp.where(taken_JKM, num_local - local_JM[None], 0).sum(
+            1, dtype=jnp.int32
+        )
+        # Not by index: the gradient of that is a scatter.
+        weight_JM = jnp.where(taken_JKM, weight_JM[None], 0).sum(1)
     window = room(even_share, most=local_JM.size)
     pairs = pairs_by(local_JM, num_local)
 
@@ -49,16 +54,3 @@ def through_experts(
         -(-pairs.total // window),
         most=-(-local_JM.size // window),
     )
-
-
-def _first_columns(local_KM: Int[Array, "K M"], weight_KM: Float[Array, "K M"], number: int):
-    """The `number` lowest local experts of each row, and their weights.
-
-    No row has more business here than there are experts; its other columns are empty.
-    """
-    column_KM = jax.lax.broadcasted_iota(jnp.int32, local_KM.shape, 0)
-    local_KM, column_KM = jax.lax.sort((local_KM, column_KM), dimension=0, num_keys=1)
-    column_K = jnp.arange(len(local_KM), dtype=jnp.int32)
-    # Not by index: the gradient of that is a scatter.
-    taken_JKM = column_KM[:number, None] == column_K[None, :, None]
-    return local_KM[:number], jnp.where(taken_JKM, weight_KM[None], 0).sum(1)

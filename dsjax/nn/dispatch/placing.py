@@ -81,7 +81,8 @@ def pairs_by(to_JM: Int[Array, "J M"], num: int) -> Pairs:
     """
     to_P = jnp.minimum(to_JM, num).reshape(-1)
     num_pairs = to_P.shape[0]
-    if (num + 1) * num_pairs >= 2**31:
+    # They are numbered in 32 bits together with their destinations, and counted in FP32.
+    if (num + 1) * num_pairs >= 2**31 or num_pairs > 2**24:
         raise ValueError(
             f"{num_pairs} pairs of token and expert on one device are too many for {num} "
             "destinations; make batch.micro smaller"
@@ -91,9 +92,18 @@ def pairs_by(to_JM: Int[Array, "J M"], num: int) -> Pairs:
     pair_P = jnp.arange(num_pairs, dtype=jnp.int32)
     pair_P = jax.lax.sort(to_P * num_pairs + pair_P, is_stable=False) % num_pairs
     before_P, size_all = _counted(to_P, num + 1)
-    start_all = jnp.cumsum(size_all, dtype=jnp.int32) - size_all
+    earlier_AA = jnp.tri(num + 1, k=-1, dtype=bool)
+    start_all = jnp.where(earlier_AA, size_all[None], 0).sum(1, dtype=jnp.int32)
     rank_JM = (start_all[to_P] + before_P).reshape(to_JM.shape)
     return Pairs(pair_P, rank_JM, to_JM, start_all[:num], size_all[:num])
+
+
+def first_marked(is_KM: Bool[Array, "K M"], number: int) -> Bool[Array, "J K M"]:
+    """[j, k, m]: is k the j-th marked column of row m? For j < `number`, without sorting."""
+    earlier_KK = jnp.tri(len(is_KM), k=-1, dtype=bool)
+    rank_KM = (is_KM[None] & earlier_KK[:, :, None]).sum(1, dtype=jnp.int32)
+    wanted_J = jnp.arange(number, dtype=jnp.int32)
+    return is_KM[None] & (rank_KM[None] == wanted_J[:, None, None])
 
 
 def _counted(to_P: Int[Array, " P"], num: int) -> tuple[Int[Array, " P"], Int[Array, " A"]]:
@@ -107,11 +117,15 @@ def _counted(to_P: Int[Array, " P"], num: int) -> tuple[Int[Array, " P"], Int[Ar
     inside_GCA = jnp.einsum(
         "GCA,XC->GXA", hits_GCA.astype(jnp.bfloat16), earlier_CC, preferred_element_type=jnp.float32
     ).astype(jnp.int32)
+    # So is a count of up to 256 in BF16; a cumulative sum would take seconds to compile.
     size_GA = hits_GCA.sum(1, dtype=jnp.int32)
-    until_GA = jnp.cumsum(size_GA, axis=0, dtype=jnp.int32)
-    before_GCA = inside_GCA + (until_GA - size_GA)[:, None]
+    earlier_GG = jnp.tri(len(size_GA), k=-1, dtype=jnp.bfloat16)
+    start_GA = jnp.einsum(
+        "XG,GA->XA", earlier_GG, size_GA.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    ).astype(jnp.int32)
+    before_GCA = inside_GCA + start_GA[:, None]
     before_P = jnp.where(hits_GCA, before_GCA, 0).sum(-1, dtype=jnp.int32)
-    return before_P.reshape(-1)[:num_pairs], until_GA[-1]
+    return before_P.reshape(-1)[:num_pairs], size_GA.sum(0, dtype=jnp.int32)
 
 
 @jax.custom_vjp

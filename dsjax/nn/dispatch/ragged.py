@@ -13,6 +13,7 @@ from dsjax.nn.dispatch.local import Experts, through_experts
 from dsjax.nn.dispatch.placing import collected, pairs_by, placed
 from dsjax.nn.dispatch.rounds import over_rounds, room
 from dsjax.nn.dispatch.rows import Group, Rows
+from dsjax.nn.precision import products
 
 
 class Trip(NamedTuple):
@@ -98,17 +99,24 @@ def ragged(
     num_rows, num_pairs = rows.x_MD.shape[0], rows.choice_MK.size
     num_sent = num_rows * group.fan_out
     space = room_per_round(num_rows, group)
-    pairs = pairs_by(owners(rows.choice_MK, group).T, group.size)
+    pairs = pairs_by(owners(rows.choice_MK, group), group.size)
     count_AA = jax.lax.all_gather(pairs.size_A, group.axes)
 
     def step(index, floats, ints):
         (x_MD, weight_MK, experts), (choice_MK, pairs, count_AA) = floats, ints
         block, _ = pairs.between(jnp.int32(0), num_sent)
         there, back = trips(count_AA, index * space, space, group.rank)
-        send = functools.partial(moved, collective, group.axes, (num_sent, space))
+        carry = functools.partial(moved, collective, group.axes)
+
+        def send(x, there, back):
+            return carry((num_sent, space), x, there, back)
+
+        def bring(x, there, back):
+            return carry((space, num_sent), x, back, there)
+
         choice_UK = choice_MK[block.row_U]
         received = Rows(
-            send(placed(x_MD, block), there, back),
+            products.value.sent(send, bring, placed(x_MD, block), there, back),
             _carried(collective, group.axes, choice_UK, there, space, fill=group.nobody),
             send(placed(weight_MK, block), there, back),
         )
@@ -119,8 +127,8 @@ def ragged(
             num_local=group.num_local,
             even_share=num_pairs,
         )
-        returned = moved(collective, group.axes, (space, num_sent), y_UD, back, there)
-        return collected(returned, block), given
+        returned_UD = products.value.returned(bring, send, y_UD, there, back)
+        return collected(returned_UD, block), given
 
     return over_rounds(
         step,

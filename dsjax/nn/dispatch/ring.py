@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.nn.dispatch.local import Experts, through_experts
 from dsjax.nn.dispatch.rows import Group, Rows
+from dsjax.nn.precision import products
 
 
 def ring(rows: Rows, experts: Experts, group: Group) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
@@ -15,12 +16,19 @@ def ring(rows: Rows, experts: Experts, group: Group) -> tuple[Float[Array, "M D"
     chosen. That is as good as any where a token's experts lie on most devices of the group, and
     needs no agreement on sizes. Backward the gather becomes a reduce-scatter and the reverse.
     """
-    gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, group.axes, axis=0, tiled=True), rows)
+
+    def gather(x):
+        return jax.lax.all_gather(x, group.axes, axis=0, tiled=True)
+
+    def scatter(x):
+        return jax.lax.psum_scatter(x, group.axes, scatter_dimension=0, tiled=True)
+
+    x_MD = products.value.sent(gather, scatter, rows.x_MD)
     y_MD, given = through_experts(
-        gathered,
+        Rows(x_MD, gather(rows.choice_MK), gather(rows.weight_MK)),
         experts,
         first=group.rank * group.num_local,
         num_local=group.num_local,
         even_share=rows.choice_MK.size,
     )
-    return jax.lax.psum_scatter(y_MD, group.axes, scatter_dimension=0, tiled=True), given
+    return products.value.returned(scatter, gather, y_MD), given

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from dsjax import sharding
 
 ROOM = 1.25
+# Rows that TPU multiplies at once in its ragged product, if they divide into such; else eight.
+TILE = 128
 
 
 def room(even_share: float | int, *, most: int) -> int:
@@ -27,7 +29,8 @@ def room(even_share: float | int, *, most: int) -> int:
     chance, which is what counts when there are few rows (decoding).
     """
     wanted = ROOM * even_share + 4 * math.sqrt(even_share)
-    return min(most, 8 * math.ceil(wanted / 8))
+    unit = TILE if wanted >= 16 * TILE else 8
+    return min(most, unit * math.ceil(wanted / unit))
 
 
 def over_rounds(

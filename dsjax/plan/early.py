@@ -1,0 +1,58 @@
+"""What TPU's compiler plans, read before it makes machine code: that takes most of the time.
+
+The optimized program and the assignment of its memory are final by then, and XLA writes both to
+files where `xla_dump_to` says. Nothing stops a compiler: use this in a process that ends with it.
+"""
+
+import re
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+
+from dsjax.plan.buffers import Memory
+
+PROGRAM = "*after_optimizations.txt"
+ALLOCATIONS = "*after_optimizations-buffer-assignment.txt"
+# Of the device's main memory: others have a color.
+ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(.*)", re.MULTILINE)
+
+
+def planned(program: jax.stages.Lowered) -> tuple[str, Memory]:
+    """The optimized program and its memory. Raises what the compiler raises."""
+    errors = []
+
+    def compiling(folder: str) -> None:
+        try:
+            program.compile({"xla_dump_to": folder})
+        except jax.errors.JaxRuntimeError as error:
+            errors.append(error)
+
+    folder = tempfile.mkdtemp()
+    thread = threading.Thread(target=compiling, args=(folder,), daemon=True)
+    thread.start()
+    # The program is written last; what has not grown for a while is whole.
+    size, before = 0, -1
+    while thread.is_alive() and not 0 < size == before:
+        time.sleep(0.5)
+        size, before = sum(path.stat().st_size for path in Path(folder).glob(PROGRAM)), size
+    if errors:
+        raise errors[0]
+    (text,), (allocations,) = (
+        [path.read_text() for path in Path(folder).glob(name)] for name in (PROGRAM, ALLOCATIONS)
+    )
+    return text, assigned(allocations)
+
+
+def assigned(text: str) -> Memory:
+    """The sums of a buffer assignment as XLA prints it, a line for each allocation."""
+    arguments = outputs = aliased = temporaries = 0.0
+    for size, what in ALLOCATION.findall(text):
+        is_argument, is_output = " parameter " in what, "maybe-live-out" in what
+        arguments += float(size) * is_argument
+        outputs += float(size) * is_output
+        aliased += float(size) * (is_argument and is_output)
+        temporaries += float(size) * ("preallocated-temp" in what)
+    return Memory(arguments, outputs, aliased, temporaries)
