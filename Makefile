@@ -49,7 +49,7 @@ parity: $(INSTALLED) $(ORACLE_INSTALLED) ## fresh goldens from transformers (SEE
 	goldens=$$(mktemp -d) || exit 1; trap 'rm -rf "$$goldens"' EXIT; \
 	echo "fresh goldens; the same again: make parity SEED=$$seed"; \
 	$(ORACLE_PY) tests/oracles/make_golden.py "$$goldens" --seed $$seed --pretrained && \
-	$(PY) -m pytest -n 2 tests/test_parity.py tests/test_hf.py tests/oracles --goldens="$$goldens"
+	$(PY) -m pytest -n 2 tests/test_parity.py tests/test_hf.py tests/oracles -m "" --goldens="$$goldens"
 
 oracle: $(ORACLE_INSTALLED) ## .venv-oracle: torch, transformers (TORCH_INDEX=URL of torch's CPU wheels)
 	@echo "$(ORACLE_PY) is ready"

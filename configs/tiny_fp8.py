@@ -30,7 +30,7 @@ run = Run(
         vocab_size=320,
         hidden_size=256,
         layers=(LayerGroup(repeat=1, pattern=(dense, sparse)),),
-        mtp=(dense,),
+        mtp=(sparse,),
         max_position_embeddings=1024,
         initializer_std=0.02,
     ),

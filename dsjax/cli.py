@@ -19,6 +19,8 @@ from dsjax.convert.opened import is_converted
 from dsjax.data import Bytes, HuggingFace, load_tokenizer
 from dsjax.hf.files import read_json
 from dsjax.model import Transformer
+from dsjax.nn.block_fp8 import BlockFp8
+from dsjax.nn.precision import PRECISIONS, Exact, Precision, Products, products
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest")
     generate.add_argument("--top-p", type=float, default=0.95, help="share of candidates to keep")
     generate.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    generate.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="compute in this; fp8 keeps a checkpoint's FP8 weights as they are (default: a run's "
+        "own; of a checkpoint the type of its embedding)",
+    )
     generate.set_defaults(run=_generate)
     plan = commands.add_parser("plan", help="will a training step fit, and how fast can it be")
     plan.add_argument("config", help="run file, such as configs/v3.py")
@@ -67,7 +75,8 @@ def _generate(options: argparse.Namespace) -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         is_run = (options.path / "run.json").is_file()
-        model, tokenizer, eos_ids = (_from_run if is_run else _from_hub)(options.path, mesh)
+        load = _from_run if is_run else _from_hub
+        model, tokenizer, eos_ids, by = load(options.path, mesh, options.precision)
         num_tokens = min(tokenizer.num_tokens, model.config.vocab_size)
         prompt = tokenizer.encode_prompt(options.prompt)
         tokens = generate(
@@ -82,8 +91,9 @@ def _generate(options: argparse.Namespace) -> None:
         )
         stream = tokenizer.stream()
         print(options.prompt, end="", flush=True)
-        for token in tokens:
-            print(stream.add(token), end="", flush=True)
+        with products(by):
+            for token in tokens:
+                print(stream.add(token), end="", flush=True)
         print(stream.end(), flush=True)
 
 
@@ -93,13 +103,12 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if plan(options.config, options.assignments, searching=options.search) else 1
 
 
-Loaded = tuple[Transformer, Bytes | HuggingFace, set[int]]
+Loaded = tuple[Transformer, Bytes | HuggingFace, set[int], Products]
 
 
-def _from_run(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
-    """A training run, in the precision it computes in."""
+def _from_run(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loaded:
+    """A training run, by default in the precision it computes in."""
     from dsjax.checkpoint import restore_model
-    from dsjax.nn.precision import PRECISIONS
     from dsjax.params import cast
     from dsjax.run import StandardLibrary
 
@@ -107,23 +116,27 @@ def _from_run(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
     is_bytes = isinstance(run.data, StandardLibrary)
     tokenizer = Bytes() if is_bytes else load_tokenizer(run.data.tokenizer)
     eos_ids = {tokenizer.eos_id} - {None}
-    return cast(model, PRECISIONS[run.precision].dtype), tokenizer, eos_ids
+    computed = PRECISIONS[precision or run.precision]
+    return cast(model, computed.dtype), tokenizer, eos_ids, computed.products
 
 
-def _from_hub(path: Path, mesh: jax.sharding.Mesh) -> Loaded:
+def _from_hub(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loaded:
     """A published checkpoint; generation_config.json knows best where a text ends."""
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a training run or a Hugging Face directory")
     folder = path / HUB if is_converted(path) else path
     tokenizer = load_tokenizer(folder)
-    model = hf.from_pretrained(path, mesh=mesh)
+    computed = Precision(None, Exact()) if precision is None else PRECISIONS[precision]
+    multiplies_fp8 = isinstance(computed.products, BlockFp8)
+    keep_fp8 = multiplies_fp8 and "quantization_config" in read_json(folder / "config.json")
+    model = hf.from_pretrained(path, dtype=computed.dtype, mesh=mesh, keep_fp8=keep_fp8)
     stated = None
     for name in ("generation_config.json", "config.json"):
         if stated is None and (folder / name).is_file():
             stated = read_json(folder / name).get("eos_token_id")
     stated = tokenizer.eos_id if stated is None else stated
     eos_ids = set(stated) if isinstance(stated, list) else {stated}
-    return model, tokenizer, eos_ids - {None}
+    return model, tokenizer, eos_ids - {None}, computed.products
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The shared output head on final-normed states."""
         head_DV = sharding.reshard(self.lm_head[...], None, "vocab")
+        hidden_BTD = sharding.reshard(hidden_BTD, "batch", "length", None)
         return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV)
 
     def hidden(

@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax import sharding
+from dsjax.nn.block_scaled import BlockScaled
 
 
 class FullPrecision(nnx.Param):
@@ -38,13 +39,15 @@ def upcast(x: jax.Array) -> jax.Array:
 def cast(module, dtype: jnp.dtype | None):
     """The module with its weights in the compute `dtype`; FP32-only weights and biases stay.
 
-    `dtype=None` leaves all as they are.
+    So do weights that are kept in FP8: who multiplies knows what to do. `dtype=None` leaves all as
+    they are.
     """
     if dtype is None:
         return module
 
     def one(variable: nnx.Variable):
-        if isinstance(variable, FullPrecision | RouterBias):
+        kept = isinstance(variable.get_value(), BlockScaled)
+        if kept or isinstance(variable, FullPrecision | RouterBias):
             return variable
         return variable.replace(variable.get_value().astype(dtype))
 

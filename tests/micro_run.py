@@ -39,6 +39,7 @@ run = Run(
     steps=24,
     run_dir="runs/micro",
     precision="fp32",
+    remat="none",
     checkpoint=Checkpoint(every=5),
     evaluation=Evaluation(every=12, batches=2),
 )

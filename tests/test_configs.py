@@ -129,7 +129,9 @@ def test_published_runs_ask_for_files_and_the_miniatures_keep_their_switches(nam
     assert published.objective.balance_weight == tiny.objective.balance_weight
 
 
-@pytest.mark.parametrize("name", TINY)
+# `make train` is a test of configs/tiny.py.
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"tiny"}))
 def test_a_miniature_takes_two_steps(name, seed):
     run = load(FOLDER / f"{name}.py")
     assert run.model.vocab_size == 320  # bytes and specials, padded

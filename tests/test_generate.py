@@ -41,8 +41,17 @@ def int32(*values: int) -> jax.Array:
     return jnp.array(values, jnp.int32)
 
 
-@pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("precision", ["f64", "f32"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("v2_lite", "f32"),
+        ("v3", "f64"),
+        ("v3", "f32"),
+        ("kimi_k2", "f32"),
+        pytest.param("v2_lite", "f64", marks=pytest.mark.thorough),
+        pytest.param("kimi_k2", "f64", marks=pytest.mark.thorough),
+    ],
+)
 def test_prefill_and_decode_are_the_forward_pass(name: str, precision: str):
     """Two prompts of different lengths at once, padded with tokens that must not matter."""
     with jax.enable_x64(precision == "f64"):
@@ -113,6 +122,7 @@ def test_the_seed_decides():
     assert text(1) == text(1) != text(2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", [{"fsdp": 2, "expert": 2, "tensor": 2}])
 def test_a_mesh_says_the_same(axes: dict, golden_dir: Path):
     plain = list(generate(from_pretrained(golden_dir / "v3"), [3, 1, 4], max_new_tokens=4))

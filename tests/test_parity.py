@@ -5,6 +5,7 @@ cross-entropy that never forms all logits. Names and layouts go through the tabl
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,21 @@ MTP_WEIGHT = 0.3
 PRECISIONS = {"f64": jnp.float64, "f32": jnp.float32}
 
 
-@pytest.fixture(params=PRECISIONS)
-def precision(request: pytest.FixtureRequest):
-    """ "f64" with 64-bit types on, or "f32" without."""
-    with jax.enable_x64(request.param == "f64"):
-        yield request.param
+# `make parity` runs the others, too.
+CHOSEN = {("v2_lite", "f32"), ("v3_odd", "f32")} | {
+    (name, "f64") for name in ("v2_lite", "v2_odd", "v3", "v3_odd", "kimi_k2")
+}
+EVERY_CASE = [
+    pytest.param(*case, marks=() if case in CHOSEN else pytest.mark.thorough)
+    for case in itertools.product(cases.CASES, PRECISIONS)
+]
+
+
+@pytest.fixture
+def x64(precision: str):
+    """64-bit types for "f64"; "f32" goes without."""
+    with jax.enable_x64(precision == "f64"):
+        yield
 
 
 def drawn_model(config: dict, seed: int, dtype: jnp.dtype) -> Transformer:
@@ -65,11 +76,14 @@ def logits_and_losses(
     model: Transformer, batch: Batch, remat: str = "none"
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """By depth; the losses as training computes them. Token 0 lies past the end of a row."""
+    return all_logits(model, batch), mean_losses(model, batch, remat)
+
+
+def all_logits(model: Transformer, batch: Batch) -> list[jax.Array]:
     main = model.hidden(batch.tokens_BT, batch.places).hidden_BTD
     ahead = [losses.ahead(batch.tokens_BT, depth + 1) for depth in range(len(model.mtp))]
     states, _ = model.mtp_hidden(main, ahead, batch.places)
-    logits = [model.logits(hidden_BTD) for hidden_BTD in (main, *states)]
-    return logits, mean_losses(model, batch, remat)
+    return [model.logits(hidden_BTD) for hidden_BTD in (main, *states)]
 
 
 def mean_losses(model: Transformer, batch: Batch, remat: str) -> list[jax.Array]:
@@ -79,16 +93,19 @@ def mean_losses(model: Transformer, batch: Batch, remat: str) -> list[jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames="remat", compiler_options=FAST_COMPILE)
-def gradients(
+def outcome(
     model: Transformer, batch: Batch, mtp_weight: jax.Array, remat: str = "none"
-) -> Transformer:
-    """d (loss + weight * mean(MTP losses)) / d every variable, biases included."""
+) -> tuple[Transformer, list[jax.Array], list[jax.Array]]:
+    """d (loss + weight * mean(MTP losses)) / d every variable, biases included; losses; logits.
 
-    def total(model: Transformer) -> jax.Array:
-        main, *mtp = mean_losses(model, batch, remat)
-        return main + mtp_weight * sum(mtp) / max(len(mtp), 1)
+    One program, as two would take half as long again to compile.
+    """
 
-    return jax.grad(total)(model)
+    def total(model: Transformer) -> tuple[jax.Array, list[jax.Array]]:
+        main, *mtp = by_depth = mean_losses(model, batch, remat)
+        return main + mtp_weight * sum(mtp) / max(len(mtp), 1), by_depth
+
+    return *jax.grad(total, has_aux=True)(model), all_logits(model, batch)
 
 
 def assert_same_gradients(found: Transformer, expected: Transformer, bound: float) -> None:
@@ -104,11 +121,13 @@ def assert_same_gradients(found: Transformer, expected: Transformer, bound: floa
             assert rel_err(*pair) < bound, f"{path}, layer {layer} of its stack"
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("name", "precision"), EVERY_CASE)
 def test_logits_and_losses_are_those_of_transformers(name: str, precision: str):
     known = golden.read(name)
     model = drawn_model(known.config, known.seed, PRECISIONS[precision])
-    (main, *mtp), found = logits_and_losses(model, one_document_rows(known.tokens_BT))
+    no_weight = jnp.asarray(0.0, PRECISIONS[precision])
+    _, found, (main, *mtp) = outcome(model, one_document_rows(known.tokens_BT), no_weight)
     assert main.dtype == PRECISIONS[precision]
     assert rel_err(main, known.logits_BTV) < TOLERANCE[precision]
     assert len(mtp) == len(known.mtp_logits)
@@ -117,7 +136,8 @@ def test_logits_and_losses_are_those_of_transformers(name: str, precision: str):
     np.testing.assert_allclose(found, [known.loss, *known.mtp_losses], rtol=TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("name", "precision"), EVERY_CASE)
 def test_every_gradient_is_that_of_transformers(name: str, precision: str):
     """Of the main loss, and of the total with MTP; both are one program with another weight."""
     known = golden.read(name)
@@ -127,7 +147,7 @@ def test_every_gradient_is_that_of_transformers(name: str, precision: str):
     if known.total_gradients:
         kinds.append((MTP_WEIGHT, known.total_gradients))
     for mtp_weight, expected in kinds:
-        found = gradients(model, batch, jnp.asarray(mtp_weight, PRECISIONS[precision]))
+        found, *_ = outcome(model, batch, jnp.asarray(mtp_weight, PRECISIONS[precision]))
         with jax.enable_x64(True):
             assert_same_gradients(found, in_our_layout(expected, model), TOLERANCE[precision])
 
@@ -163,6 +183,6 @@ def test_remat_changes_no_gradient():
     with jax.enable_x64(True):
         model = drawn_model(known.config, known.seed, jnp.float64)
         batch = one_document_rows(known.tokens_BT)
-        again = gradients(model, batch, jnp.float64(MTP_WEIGHT), remat="full")
+        again, *_ = outcome(model, batch, jnp.float64(MTP_WEIGHT), remat="full")
         expected = in_our_layout(known.total_gradients, model)
         assert_same_gradients(again, expected, TOLERANCE["f64"])

@@ -46,20 +46,9 @@ def killed(run_dir) -> tuple[Ended, float]:
 
 
 @pytest.fixture(scope="module")
-def terminated(run_dir, killed) -> list[Ended]:
-    """Four processes go on; one of them gets SIGTERM."""
-    del killed
-    before = len(records(run_dir))
-    launched = train(run_dir, ENDLESS, count=4, devices=1)
-    launched.until(lambda: len(records(run_dir)) > before)
-    launched.processes[2].send_signal(signal.SIGTERM)
-    return launched.ended()
-
-
-@pytest.fixture(scope="module")
-def finished(run_dir, terminated) -> list[Ended]:
+def finished(run_dir, killed) -> list[Ended]:
     """Two processes bring it to an end."""
-    del terminated
+    del killed
     last = len(records(run_dir)) + 2
     return train(run_dir, f"steps={last}", count=2, devices=2).ended()
 
@@ -73,7 +62,13 @@ def test_a_killed_process_ends_the_others_within_a_minute(killed):
     assert seconds < 60
 
 
-def test_sigterm_at_one_process_makes_all_save_the_same_step(run_dir, terminated):
+@pytest.mark.thorough
+def test_sigterm_at_one_process_makes_all_save_the_same_step(tmp_path):
+    run_dir = tmp_path / "run"
+    launched = train(run_dir, ENDLESS, count=4, devices=1)
+    launched.until(lambda: records(run_dir))
+    launched.processes[2].send_signal(signal.SIGTERM)
+    terminated = launched.ended()
     assert [ended.code for ended in terminated] == [0] * 4, [e.errors[-2000:] for e in terminated]
     (told,) = [line for line in terminated[0].output.splitlines() if "stopped by signal" in line]
     step = int(told.partition("after step ")[2].partition(";")[0])
@@ -99,9 +94,10 @@ def test_the_losses_are_those_of_one_process(run_dir, finished, tmp_path):
 def test_only_the_first_process_writes_and_prints(run_dir, finished):
     first, second = finished
     assert "parameters" in first.output and "more of it" in first.output
-    heard = [line for line in second.output.splitlines() if not line.startswith("[Gloo]")]
+    # Gloo's lines of two processes may run into each other.
+    heard = [line for line in second.output.splitlines() if line and "[Gloo]" not in line]
     assert heard == []
-    assert len(list(run_dir.glob("tensorboard/events*"))) == 3, "one for every start"
+    assert len(list(run_dir.glob("tensorboard/events*"))) == 2, "one for every start"
     assert (run_dir / "loss.png").is_file()
 
 

@@ -76,6 +76,7 @@ def test_a_step_is_the_same_on_every_mesh(name):
     compare_a_step(drawn.model(repeat=2), MESHES[name])
 
 
+@pytest.mark.thorough
 def test_compressed_queries_and_experts_in_mtp_too():
     model = drawn.model(repeat=1, q_lora_rank=8, mtp_experts=True)
     compare_a_step(model, {"context": 2, "tensor": 2, "expert": 2})

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import convert_weights
+import train as trainer
 
 ROOT = Path(__file__).parents[1]
 MICRO = "tests/micro_run.py"
+# Quicker to compile, for what does not depend on the model.
+SMALL = ("tests/small_run.py", "mesh.data=1", "mesh.fsdp=1")
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +26,8 @@ def compiled(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-def command(run_dir: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "train.py", MICRO, f"run_dir={run_dir}", *overrides]
+def command(run_dir: Path, *overrides: str, of: tuple[str, ...] = (MICRO,)) -> list[str]:
+    return [sys.executable, "train.py", *of, f"run_dir={run_dir}", *overrides]
 
 
 def environment(compiled: Path, devices: int = 1) -> dict[str, str]:
@@ -37,9 +40,15 @@ def environment(compiled: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def train(run_dir: Path, compiled: Path, *overrides: str, devices: int = 1):
+def train(
+    run_dir: Path,
+    compiled: Path,
+    *overrides: str,
+    devices: int = 1,
+    of: tuple[str, ...] = (MICRO,),
+):
     return subprocess.run(
-        command(run_dir, *overrides),
+        command(run_dir, *overrides, of=of),
         cwd=ROOT,
         env=environment(compiled, devices),
         capture_output=True,
@@ -61,12 +70,17 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, compiled) -> Path:
-    """A run that nothing interrupts."""
+def finished(tmp_path_factory, compiled) -> tuple[Path, str]:
+    """The folder of a run that nothing interrupts, and what it printed."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
     done = train(run_dir, compiled, "profile=3:5")
     assert done.returncode == 0, done.stderr
-    return run_dir
+    return run_dir, done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished) -> Path:
+    return finished[0]
 
 
 def interrupted_at(
@@ -116,13 +130,21 @@ def test_batch_size_ramp_shows_in_the_tokens(undisturbed):
     assert tokens == [128.0] * 12 + [256.0] * 12
 
 
-def test_killed_run_continues_bit_for_bit(undisturbed, compiled, tmp_path):
-    # A save after every step, so that a kill may hit one at any point of its work.
-    for step in (2, 7, 16):
-        code, _ = interrupted_at(
-            tmp_path, compiled, step, signal.SIGKILL, "checkpoint.every=1", delay=step / 100
-        )
+def test_killed_and_stopped_run_continues_bit_for_bit(undisturbed, compiled, tmp_path):
+    def killed(step: int) -> None:
+        # A save after every step, so that a kill may hit one at any point of its work.
+        often, delay = "checkpoint.every=1", step / 100
+        code, _ = interrupted_at(tmp_path, compiled, step, signal.SIGKILL, often, delay=delay)
         assert code == -signal.SIGKILL
+
+    killed(2)
+    # Saves this very step and exits cleanly.
+    code, output = interrupted_at(tmp_path, compiled, 7, signal.SIGTERM)
+    assert code == 0
+    last = max(losses(tmp_path))
+    assert f"stopped by signal after step {last}" in output
+    assert (tmp_path / "checkpoints" / str(last)).is_dir()
+    killed(16)
     done = train(tmp_path, compiled)
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stdout
@@ -132,16 +154,7 @@ def test_killed_run_continues_bit_for_bit(undisturbed, compiled, tmp_path):
         assert mine == other, name
 
 
-def test_sigterm_saves_this_very_step_and_exits_cleanly(undisturbed, compiled, tmp_path):
-    code, output = interrupted_at(tmp_path, compiled, 7, signal.SIGTERM)
-    assert code == 0
-    last = max(losses(tmp_path))
-    assert f"stopped by signal after step {last}" in output
-    assert (tmp_path / "checkpoints" / str(last)).is_dir()
-    assert train(tmp_path, compiled).returncode == 0
-    assert losses(tmp_path) == losses(undisturbed)
-
-
+@pytest.mark.thorough
 def test_checkpoint_continues_on_another_mesh(undisturbed, compiled, tmp_path):
     interrupted_at(tmp_path, compiled, 7, signal.SIGTERM)
     done = train(tmp_path, compiled, "mesh.fsdp=2", "mesh.expert=2", devices=4)
@@ -157,10 +170,8 @@ def test_keeps_only_the_newest_checkpoints(undisturbed):
     assert kept == [15, 20, 24]
 
 
-def test_printed_command_prints_the_same_sample(undisturbed, compiled):
-    again = train(undisturbed, compiled)
-    assert again.returncode == 0, again.stderr
-    sample, _, shown = again.stdout.rpartition("more of it: ")
+def test_printed_command_prints_the_same_sample(finished, compiled):
+    sample, _, shown = finished[1].rpartition("more of it: ")
     more = subprocess.run(
         ["sh", "-c", shown],
         cwd=ROOT,
@@ -174,7 +185,7 @@ def test_printed_command_prints_the_same_sample(undisturbed, compiled):
 
 
 def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
-    done = train(tmp_path, compiled, "optim.learning_rate.peak=1e30", "optim.eps=1e-30")
+    done = train(tmp_path, compiled, "optim.learning_rate.peak=1e30", "optim.eps=1e-30", of=SMALL)
     assert done.returncode == 3
     assert "not finite" in done.stderr or "guard.spike" in done.stderr
     (report,) = tmp_path.glob("stopped_at_step_*.json")
@@ -190,25 +201,26 @@ def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
         (["tests/micro_run.py", "optim.lerning_rate=1"], "learning_rate"),
         (["tests/micro_run.py", "steps=many"], "int"),
         (["tests/micro_run.py", "precision=fp16"], "bf16"),
-        (["tests/micro_run.py", "mesh.tensor=3"], "mesh.tensor=3"),
-        (["tests/micro_run.py", "sample.max_new_tokens=9999"], "max_new_tokens=9999"),
+        (["tests/micro_run.py", "mesh.tensor=3", "num_processes=1"], "mesh.tensor=3"),
+        (
+            ["tests/micro_run.py", "sample.max_new_tokens=9999", "num_processes=1"],
+            "max_new_tokens=9999",
+        ),
         (["tests/micro_run.py", "process_id=1"], "give all three"),
         (["configs/nothing.py"], "configs/tiny.py"),
         ([], "usage"),
     ],
 )
-def test_wrong_input_is_one_clear_error(arguments, told, compiled, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments, *([f"run_dir={tmp_path}"] if arguments else [])],
-        cwd=ROOT,
-        env=environment(compiled),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_wrong_input_is_one_clear_error(arguments, told, tmp_path, capsys):
+    run_dir = [f"run_dir={tmp_path}"] if arguments else []
+    assert trainer.main([*arguments, *run_dir]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_process_says_so_too(compiled, tmp_path):
+    done = train(tmp_path, compiled, "steps=many")
     assert done.returncode == 2
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
 FILES_RUN = """
@@ -218,7 +230,8 @@ import runpy
 from dsjax.run import Files
 
 data = Files(path={folder!r}, tokenizer={tokenizer!r}, text_field="body", held_out=0.2)
-run = dataclasses.replace(runpy.run_path("tests/micro_run.py")["run"], data=data, steps=4)
+small = runpy.run_path("tests/small_run.py")["run"]
+run = dataclasses.replace(small, data=data, steps=4, mesh=type(small.mesh)())
 """
 
 
@@ -289,6 +302,7 @@ train.train(run, setup)
 """
 
 
+@pytest.mark.thorough
 def test_an_exported_run_continues_from_its_import(undisturbed, compiled, tmp_path):
     """`init_from` begins with the very held-out loss that the run ended with, and goes on."""
     imported = tmp_path / "imported"

@@ -60,7 +60,7 @@ def assert_same(one, other):
         assert rel_err(value, expected) < TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize("micros", [2, 4])
+@pytest.mark.parametrize("micros", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_micro_batches_add_up_to_the_whole_batch(micros):
     # Documents and padding differ between the parts, so means of means would be something else.
     run, whole = plain_run(), drawn.batch(1)

@@ -172,19 +172,41 @@ class Dequantized:
         self.shape, self.dtype = tuple(values.shape), np.dtype(dtype)
         self.path = getattr(values, "path", None)
 
+    @property
+    def checked_scales(self) -> "CheckedScales":
+        return CheckedScales(placed(self.name + SCALE, self.scales), self.scales)
+
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         (top, bottom, _), (left, right, _) = (
             part.indices(n) for part, n in zip(index, self.shape, strict=True)
         )
-        blocks = tuple(
-            slice(start // BLOCK, math.ceil(stop / BLOCK))
-            for start, stop in ((top, bottom), (left, right))
-        )
-        scales = self.scales[blocks]
-        name = placed(self.name + SCALE, self.scales)
-        _check_values(name, scales, (blocks[0].start, blocks[1].start))
+        scales = self.checked_scales[
+            slice(top // BLOCK, math.ceil(bottom / BLOCK)),
+            slice(left // BLOCK, math.ceil(right / BLOCK)),
+        ]
         values = self.values[slice(top, bottom), slice(left, right)]
         return dequantize(values, scales, self.dtype, first=(top % BLOCK, left % BLOCK))
+
+
+class CheckedScales:
+    """Scales in FP32; ValueError where one is read that is no positive number."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, where: str, scales: Tensor):
+        self.where, self.scales, self.shape = where, scales, tuple(scales.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        scales = self.scales[index].astype(np.float32)
+        first = tuple(part.indices(n)[0] for part, n in zip(index, self.shape, strict=True))
+        wrong = ~((scales > 0) & (scales < np.inf))
+        if wrong.any():
+            i, j = (int(n) for n in np.argwhere(wrong)[0])
+            raise ValueError(
+                f"{self.where}: [{i + first[0]}, {j + first[1]}] is {scales[i, j]}, expected a "
+                "positive number; the checkpoint is damaged"
+            )
+        return scales
 
 
 def dequantized(tensors: Mapping[str, Tensor], dtype: np.dtype | None = None) -> dict[str, Tensor]:
@@ -233,15 +255,4 @@ def check_scales(tensors: Mapping[str, Tensor]) -> None:
     check_pairs(tensors)
     for name, tensor in tensors.items():
         if name.endswith(SCALE):
-            _check_values(placed(name, tensor), whole(tensor), (0, 0))
-
-
-def _check_values(name: str, scales: np.ndarray, first: tuple[int, int]) -> None:
-    scales = scales.astype(np.float32)
-    wrong = ~((scales > 0) & (scales < np.inf))
-    if wrong.any():
-        i, j = (int(n) for n in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{name}: [{i + first[0]}, {j + first[1]}] is {scales[i, j]}, expected a positive "
-            "number; the checkpoint is damaged"
-        )
+            whole(CheckedScales(placed(name, tensor), tensor))

@@ -4,6 +4,7 @@ Every device gets its own slice, and only that slice is read, so memory stays at
 shards whatever the size of the checkpoint.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
@@ -22,18 +23,24 @@ from dsjax.hf import complete, fp8, names
 from dsjax.hf.names import Source
 from dsjax.hf.tensors import Tensor
 from dsjax.model import Transformer, abstract
+from dsjax.nn.block_scaled import BlockScaled
 from dsjax.params import FullPrecision, RouterBias
 
 
 def from_pretrained(
-    path: str | Path, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    keep_fp8: bool = False,
 ) -> Transformer:
     """The model of a local Hugging Face directory (V2, V2-Lite, V3, R1, Kimi K2; safetensors), of
     one that `convert_weights.py` made from it, or of a training run.
 
     Weights come in `dtype`, by default as they are on disk (the embedding's type), and lie sharded
     over `mesh`, or on the default device. FP8 weights are multiplied by their scales and rounded
-    once. ValueError names the file, field or tensor at fault.
+    once, or with `keep_fp8` stay values and scales as they are on disk, for inference
+    (`dsjax.nn.block_scaled`). ValueError names the file, field or tensor at fault.
     """
     checkpoint = open_checkpoint(path)
     tensors = checkpoint.tensors
@@ -42,8 +49,13 @@ def from_pretrained(
         if embedding not in tensors:
             raise ValueError(f"{path} lacks {embedding}; the checkpoint is not complete")
         dtype = tensors[embedding].dtype
+    if keep_fp8 and not any(tensor.dtype == fp8.VALUES for tensor in tensors.values()):
+        raise ValueError(
+            f"{path} has no FP8 weights to keep; make some: "
+            "python convert_weights.py cast SRC DST --dtype fp8"
+        )
     tensors = fp8.dequantized(tensors, jnp.dtype(dtype))
-    return load_weights(tensors, checkpoint.model, dtype=dtype, mesh=mesh)
+    return load_weights(tensors, checkpoint.model, dtype=dtype, mesh=mesh, keep_fp8=keep_fp8)
 
 
 def load_weights(
@@ -52,12 +64,14 @@ def load_weights(
     *,
     dtype: DTypeLike,
     mesh: jax.sharding.Mesh | None = None,
+    keep_fp8: bool = False,
 ) -> Transformer:
     """The Transformer of `model` with weights from `tensors`, which carry their hub names.
 
-    The router's gate and bias stay at least FP32. A checkpoint without any MTP layer is loaded
-    without MTP, with a warning; copies of embedding and head in an MTP layer may be absent but must
-    not differ. ValueError lists tensors that are missing, unexpected or of the wrong shape.
+    `keep_fp8`: what `fp8.dequantized` would multiply stays `BlockScaled`. The gate and the bias of
+    the router stay at least FP32. A checkpoint without any MTP layer is loaded without MTP, with a
+    warning; copies of embedding and head in an MTP layer may be absent but must not differ.
+    ValueError lists tensors that are missing, unexpected or of the wrong shape.
     """
     dtype = jnp.dtype(dtype)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
@@ -77,6 +91,8 @@ def load_weights(
 
     def fill(path: tuple, variable: nnx.Variable) -> nnx.Variable:
         name = names.dotted(path)
+        if keep_fp8 and _is_fp8(tensors, sources[name]):
+            return _kept(tensors, sources[name], variable, mesh)
         kept = isinstance(variable, FullPrecision | RouterBias)
         kind = np.promote_types(dtype, jnp.float32) if kept else dtype
         read = functools.partial(_read, tensors, sources[name], variable.shape, kind)
@@ -89,6 +105,50 @@ def load_weights(
         return variable.replace(array)
 
     return jax.tree_util.tree_map_with_path(fill, module, is_leaf=sharding.is_variable)
+
+
+def _is_fp8(tensors: Mapping[str, Tensor], source: Source) -> bool:
+    """Whether all of a weight is FP8 on disk."""
+    return all(isinstance(tensors[name], fp8.Dequantized) for name in source.names.flat)
+
+
+def _kept(
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    variable: nnx.Variable,
+    mesh: jax.sharding.Mesh | None,
+) -> nnx.Variable:
+    """The weight as it is on disk; cut where experts are told apart, and nowhere else."""
+    sizes = source.sizes(variable.shape)
+    single = [letter for letter in source.stacked if letter != "l"]
+    hub = " ".join(f"({' '.join(axis)})" if len(axis) > 1 else axis[0] for axis in source.hub)
+    ours = " ".join(letter for letter in source.ours if letter != "l")
+    unfolded = [letter for axis in source.hub if len(axis) > 1 for letter in axis]
+    variable = variable.replace(
+        axes=(*("experts" if letter == "e" else None for letter in single), None, None)
+    )
+    plain = dataclasses.replace(source, ours=(*source.stacked, "N", "K"), hub=(("N",), ("K",)))
+    stack, matrix = source.names.shape, source.hub_shape(variable.shape)
+
+    def read(parts: dict[str, Tensor], shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+        shape = (*stack, *shape)
+        fill = functools.partial(_read, parts, plain, shape, dtype)
+        if mesh is None:
+            return jnp.asarray(fill((slice(None),) * len(shape)))
+        missing = (None,) * (len(shape) - len(variable.axes))
+        where = jax.NamedSharding(mesh, sharding.spec(*missing, *variable.axes, mesh=mesh))
+        return jax.make_array_from_callback(shape, where, functools.cache(fill), dtype=dtype)
+
+    values = {name: tensors[name].values for name in source.names.flat}
+    scales = {name: tensors[name].checked_scales for name in source.names.flat}
+    return variable.replace(
+        BlockScaled(
+            read(values, matrix, fp8.VALUES),
+            read(scales, fp8.grid(matrix), np.dtype(np.float32)),
+            layout=f"... {' '.join((*single, hub))} -> ... {ours}",
+            widths=tuple((letter, sizes[letter]) for letter in unfolded),
+        )
+    )
 
 
 def _read(

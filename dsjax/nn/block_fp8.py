@@ -15,8 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from dsjax import sharding
+from dsjax.nn.block_scaled import BlockScaled
 from pallas_kernels.fp8_grouped_linear import fp8_grouped_linear
+from pallas_kernels.fp8_grouped_matmul import fp8_sorted_matmul
 from pallas_kernels.fp8_linear import fp8_linear
+from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.quantize import dequantize_rows, quantize_rows
 from pallas_kernels.quantize.shapes import BLOCK
 
@@ -27,13 +30,16 @@ class BlockFp8:
 
     Scales of what travels to experts and of what SwiGLU keeps are powers of two in any case: then
     quantizing what was quantized changes nothing. Weights are cut into blocks where they lie, so a
-    device's slice begins a block.
+    device's slice begins a block. Weights that are stored in FP8 are multiplied as they are; they
+    have no gradient.
     """
 
     power_of_two: bool = False
 
     def einsum(self, subscripts, x, w, *, axes=None):
         rows, inner = parts(subscripts)
+        if isinstance(w, BlockScaled):
+            return self._stored(x, w, rows, inner, axes)
 
         def product(x, w):
             y_MN = fp8_linear(
@@ -54,11 +60,40 @@ class BlockFp8:
             out_specs=out,
         )(x, w)
 
+    def _stored(self, x, w: BlockScaled, rows: int, inner: int, axes):
+        """`einsum` by a weight that every device has whole."""
+        features = w.shape[inner:]
+
+        def product(x, matrices):
+            x_MK = quantize_rows(
+                x.reshape(math.prod(x.shape[:rows]), -1), power_of_two=self.power_of_two
+            )
+            y = [fp8_matmul(*x_MK, *matrix, out_dtype=x.dtype) for matrix in matrices]
+            return jnp.stack(y, axis=1).reshape(*x.shape[:rows], *features)
+
+        if not sharding.active():
+            return product(x, w.matrices())
+        x_spec = jax.typeof(x).sharding.spec
+        over = jax.P(*x_spec[:rows], *(None,) * inner)
+        y = sharding.local(
+            product,
+            in_specs=(over, jax.P()),
+            out_specs=jax.P(*x_spec[:rows], *(None,) * len(features)),
+        )(jax.reshard(x, over), w.matrices())
+        return y if axes is None else sharding.reshard(y, *axes)
+
     def swiglu(self, gate, up):
         spec = jax.typeof(gate).sharding.spec
         return sharding.local(_swiglu, in_specs=(spec, spec), out_specs=spec)(gate, up)
 
     def grouped(self, x_UD, w_EDX, size_E):
+        if isinstance(w_EDX, BlockScaled):
+            x = quantize_rows(x_UD, power_of_two=True)
+            products = (
+                fp8_sorted_matmul(*x, *matrix, size_E, out_dtype=x_UD.dtype)
+                for matrix in w_EDX.matrices(stack=1)
+            )
+            return jnp.concatenate(list(products), axis=1)
         paired = w_EDX.ndim == 4
         w_EXD = jax.vmap(lambda w: _matrix(w, 1, paired))(w_EDX)
         y_UX = fp8_grouped_linear(

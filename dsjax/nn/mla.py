@@ -16,6 +16,7 @@ from dsjax import sharding
 from dsjax.config import Mla
 from dsjax.nn import masks, rope
 from dsjax.nn.attend import attend
+from dsjax.nn.block_scaled import whole
 from dsjax.nn.causal import causal
 from dsjax.nn.masks import Places
 from dsjax.nn.norm import RMSNorm
@@ -155,7 +156,8 @@ class MlaAttention(nnx.Module):
     def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen, attention=attend):
         """The same with W_UK folded into the query and W_UV into the output: [B, T, N, W]."""
         nope = self.config.qk_nope_head_dim
-        up_key_CNH, up_value_CNW = self.kv_b_proj[..., :nope], self.kv_b_proj[..., nope:]
+        up_CNX = whole(self.kv_b_proj[...], latent_BSC.dtype)
+        up_key_CNH, up_value_CNW = up_CNX[..., :nope], up_CNX[..., nope:]
         q_latent_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, up_key_CNH)
         out_BTNC = attention(
             (q_latent_BTNC, q_rope_BTNR),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax import sharding
 from dsjax.nn.block_fp8 import BlockFp8
+from dsjax.nn.block_scaled import BlockScaled, whole
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 
@@ -19,7 +20,12 @@ class Products(Protocol):
     """What a layer leaves to the run; values, so that jit can tell them apart."""
 
     def einsum(
-        self, subscripts: str, x: Array, w: Array, *, axes: Sequence[str | None] | None = None
+        self,
+        subscripts: str,
+        x: Array,
+        w: Array | BlockScaled,
+        *,
+        axes: Sequence[str | None] | None = None,
     ) -> Array:
         """A linear layer: `x` [rows..., inner...] by `w` [inner..., features...].
 
@@ -31,7 +37,7 @@ class Products(Protocol):
         """silu(gate) * up."""
 
     def grouped(
-        self, x_UD: Float[Array, "U D"], w_EDX: Array, size_E: Int[Array, " E"]
+        self, x_UD: Float[Array, "U D"], w_EDX: Array | BlockScaled, size_E: Int[Array, " E"]
     ) -> Float[Array, "U X"]:
         """`x_UD`, sorted by expert, by the matrix of each row's expert; inside of `shard_map`.
 
@@ -50,6 +56,7 @@ class Exact:
     """In the dtype of what comes in."""
 
     def einsum(self, subscripts, x, w, *, axes=None):
+        w = whole(w, x.dtype)
         return (
             jnp.einsum(subscripts, x, w)
             if axes is None
@@ -60,6 +67,7 @@ class Exact:
         return jax.nn.silu(gate) * up
 
     def grouped(self, x_UD, w_EDX, size_E):
+        w_EDX = whole(w_EDX, x_UD.dtype)
         return grouped_matmul(x_UD, w_EDX.reshape(*w_EDX.shape[:2], -1), size_E)
 
     def sent(self, move, back, x, *how):

@@ -76,7 +76,9 @@ def test_layer_is_three_fp8_products(shape, seed):
     compare(value_and_gradients(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "gpu"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("gpu", marks=pytest.mark.thorough)]
+)
 def test_every_implementation_of_the_products(implementation, seed):
     inputs = drawn(seed, "whole blocks")
     compare(value_and_gradients(*inputs, implementation=implementation), model(*inputs))

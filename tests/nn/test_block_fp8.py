@@ -181,10 +181,9 @@ def moe_layer(seed: int) -> MoeFfn:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize(
-    "dispatch", [pytest.param("ring", marks=pytest.mark.thorough), "all_to_all"]
-)
+@pytest.mark.parametrize("dispatch", ["ring", "all_to_all"])
 def test_experts_elsewhere_give_what_experts_here_give(dispatch, seed):
     """What travels is quantized, and quantizing it again for the experts changes nothing."""
     module = moe_layer(seed)
