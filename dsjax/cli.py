@@ -20,7 +20,7 @@ from dsjax.data import Bytes, HuggingFace, load_tokenizer
 from dsjax.hf.files import read_json
 from dsjax.model import Transformer
 from dsjax.nn.block_fp8 import BlockFp8
-from dsjax.nn.precision import PRECISIONS, Exact, Precision, Products, products
+from dsjax.nn.precision import PRECISIONS, Exact, Products, products
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,17 +126,19 @@ def _from_hub(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loa
         raise ValueError(f"{path} is no directory; give a training run or a Hugging Face directory")
     folder = path / HUB if is_converted(path) else path
     tokenizer = load_tokenizer(folder)
-    computed = Precision(None, Exact()) if precision is None else PRECISIONS[precision]
-    multiplies_fp8 = isinstance(computed.products, BlockFp8)
-    keep_fp8 = multiplies_fp8 and "quantization_config" in read_json(folder / "config.json")
-    model = hf.from_pretrained(path, dtype=computed.dtype, mesh=mesh, keep_fp8=keep_fp8)
+    dtype, by = None, Exact()
+    if precision is not None:
+        dtype, by = PRECISIONS[precision].dtype, PRECISIONS[precision].products
+    is_fp8 = "quantization_config" in read_json(folder / "config.json")
+    keep_fp8 = is_fp8 and isinstance(by, BlockFp8)
+    model = hf.from_pretrained(path, dtype=dtype, mesh=mesh, keep_fp8=keep_fp8)
     stated = None
     for name in ("generation_config.json", "config.json"):
         if stated is None and (folder / name).is_file():
             stated = read_json(folder / name).get("eos_token_id")
     stated = tokenizer.eos_id if stated is None else stated
     eos_ids = set(stated) if isinstance(stated, list) else {stated}
-    return model, tokenizer, eos_ids - {None}, computed.products
+    return model, tokenizer, eos_ids - {None}, by
 
 
 if __name__ == "__main__":

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert_weights
 import golden
 import weights
 from dsjax import from_pretrained, hf, sharding
+from dsjax.cli import main
 from dsjax.generate import decode, generate, prefill, sample
 from dsjax.model import Transformer
 from dsjax.nn import masks
+from dsjax.nn.block_fp8 import BlockFp8
 from dsjax.nn.mla import MlaAttention
+from dsjax.nn.precision import products
 from tests.drawn import FAST_COMPILE
 from tests.tolerance import TOLERANCE, rel_err
 
@@ -234,8 +238,21 @@ def test_the_command_continues_a_text(hub_directory: Path):
     assert done.stdout == "2:8" + "".join(chr(48 + i) for i in ids) + "\n"
 
 
+def test_the_command_computes_in_fp8_with_the_weights_of_the_checkpoint(hub_directory, capsys):
+    path = hub_directory.with_name("fp8")
+    assert convert_weights.main(["cast", str(hub_directory), str(path), "--dtype", "fp8"]) == 0
+    model = from_pretrained(path, dtype=jnp.bfloat16, keep_fp8=True)
+    with products(BlockFp8()):
+        ids = list(generate(model, [2, 10, 8], max_new_tokens=5, temperature=0.0, num_tokens=38))
+    capsys.readouterr()
+    sizes = ["--max-new-tokens", "5", "--temperature", "0", "--precision", "fp8"]
+    assert main(["generate", str(path), "--prompt", "2:8", *sizes]) == 0
+    ids = ids[: ids.index(1)] if 1 in ids else ids
+    assert capsys.readouterr().out == "2:8" + "".join(chr(48 + i) for i in ids) + "\n"
+
+
 @pytest.mark.parametrize("kind", ["no directory", "no tokenizer", "refused config"])
-def test_the_command_tells_in_one_line_what_is_wrong(kind: str, hub_directory: Path):
+def test_the_command_tells_in_one_line_what_is_wrong(kind: str, hub_directory: Path, capsys):
     path = hub_directory
     if kind == "no directory":
         path = hub_directory / "elsewhere"
@@ -244,7 +261,8 @@ def test_the_command_tells_in_one_line_what_is_wrong(kind: str, hub_directory: P
     if kind == "refused config":
         file = hub_directory / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
-    done = command("generate", path, "--prompt", "2:8")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("dsjax: ") and done.stderr.count("\n") == 1
-    assert {"refused config": "hidden_act"}.get(kind, str(path)) in done.stderr
+    assert main(["generate", str(path), "--prompt", "2:8"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("dsjax: ") and told.err.count("\n") == 1
+    assert {"refused config": "hidden_act"}.get(kind, str(path)) in told.err

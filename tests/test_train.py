@@ -203,7 +203,10 @@ def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
         (["tests/micro_run.py", "precision=fp16"], "bf16"),
         (["tests/micro_run.py", "mesh.tensor=3", "num_processes=1"], "mesh.tensor=3"),
         (
-            ["tests/micro_run.py", "sample.max_new_tokens=9999", "num_processes=1"],
+            [
+                *("tests/micro_run.py", "sample.max_new_tokens=9999", "num_processes=1"),
+                *("batch.micro=8", "batch.ramp_from=8"),
+            ],
             "max_new_tokens=9999",
         ),
         (["tests/micro_run.py", "process_id=1"], "give all three"),
