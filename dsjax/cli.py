@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("config", help="run file, such as configs/v3.py")
     plan.add_argument(
         "assignments", nargs="*", metavar="key=value",
-        help="topology=v5p:8x8x8 (or h100:16x8, nodes x GPUs), slices=2, and keys of the run",
+        help="topology=v5p:8x8x8 (or h100:16x8, nodes x GPUs), slices=2, phase=decode (or prefill) "
+        "rows=256 length=8192, and keys of the run",
     )  # fmt: skip
     plan.add_argument(
         "--search", action="store_true", help="try meshes, micro-batches and remat policies"

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax import sharding
-from dsjax.nn.block_scaled import BlockScaled
+from dsjax.block_scaled import BlockScaled
 
 
 class FullPrecision(nnx.Param):

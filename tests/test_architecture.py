@@ -31,7 +31,7 @@ LAYERS = (
             "dsjax.run_file",
             "dsjax.sharding",
             "dsjax.params",
-            "dsjax.quant",
+            "dsjax.block_scaled",
         ],
     ),
     ("layers", ["dsjax.nn.*"]),

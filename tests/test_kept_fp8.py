@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from dsjax import from_pretrained, sharding
+from dsjax.block_scaled import BlockScaled
 from dsjax.convert.opened import open_checkpoint
 from dsjax.generate import generate
 from dsjax.hf import names
 from dsjax.hf.tensors import whole as read
 from dsjax.model import Transformer
 from dsjax.nn.block_fp8 import BlockFp8
-from dsjax.nn.block_scaled import BlockScaled
 from dsjax.nn.precision import Exact, products
 from tests.convert import published
 from tests.drawn import FAST_COMPILE
@@ -89,6 +89,7 @@ def test_logits_in_fp8_are_those_of_weights_quantized_again(kept, wide):
     assert rel_err(found, logits(kept)) > 1e-3, "activations were not quantized"
 
 
+@pytest.mark.thorough
 def test_a_text_is_the_same(kept, wide):
     def text(model):
         return list(generate(model, [3, 1, 4], max_new_tokens=6, temperature=0.0))
@@ -112,7 +113,7 @@ def test_a_number_takes_a_byte(kept, wide):
         pytest.param({"fsdp": 2, "expert": 2}, Exact(), marks=pytest.mark.thorough),
         pytest.param({"expert": 2, "tensor": 2}, Exact(), marks=pytest.mark.thorough),
         pytest.param({"fsdp": 2, "expert": 2}, BlockFp8(), marks=pytest.mark.thorough),
-        ({"expert": 2, "tensor": 2}, BlockFp8()),
+        pytest.param({"expert": 2, "tensor": 2}, BlockFp8(), marks=pytest.mark.thorough),
     ],
 )
 def test_a_mesh_says_the_same(directory, kept, axes, by):

@@ -29,7 +29,7 @@ PRECISIONS = {"f64": jnp.float64, "f32": jnp.float32}
 
 
 # `make parity` runs the others, too.
-CHOSEN = {("v2_lite", "f32"), ("v3_odd", "f32")} | {
+CHOSEN = {("v3_odd", "f32")} | {
     (name, "f64") for name in ("v2_lite", "v2_odd", "v3", "v3_odd", "kimi_k2")
 }
 EVERY_CASE = [
@@ -178,6 +178,7 @@ def test_packed_documents_are_those_of_the_numpy_model(name: str):
     np.testing.assert_allclose(found, expected_losses, rtol=TOLERANCE["f64"])
 
 
+@pytest.mark.thorough
 def test_remat_changes_no_gradient():
     known = golden.read("v3")
     with jax.enable_x64(True):

@@ -131,20 +131,16 @@ def test_batch_size_ramp_shows_in_the_tokens(undisturbed):
 
 
 def test_killed_and_stopped_run_continues_bit_for_bit(undisturbed, compiled, tmp_path):
-    def killed(step: int) -> None:
-        # A save after every step, so that a kill may hit one at any point of its work.
-        often, delay = "checkpoint.every=1", step / 100
-        code, _ = interrupted_at(tmp_path, compiled, step, signal.SIGKILL, often, delay=delay)
-        assert code == -signal.SIGKILL
-
-    killed(2)
+    # A save after every step, so that the kill may hit one at any point of its work.
+    often = "checkpoint.every=1"
+    code, _ = interrupted_at(tmp_path, compiled, 7, signal.SIGKILL, often, delay=0.07)
+    assert code == -signal.SIGKILL
     # Saves this very step and exits cleanly.
-    code, output = interrupted_at(tmp_path, compiled, 7, signal.SIGTERM)
+    code, output = interrupted_at(tmp_path, compiled, 13, signal.SIGTERM)
     assert code == 0
     last = max(losses(tmp_path))
     assert f"stopped by signal after step {last}" in output
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
-    killed(16)
     done = train(tmp_path, compiled)
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stdout
@@ -201,14 +197,6 @@ def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
         (["tests/micro_run.py", "optim.lerning_rate=1"], "learning_rate"),
         (["tests/micro_run.py", "steps=many"], "int"),
         (["tests/micro_run.py", "precision=fp16"], "bf16"),
-        (["tests/micro_run.py", "mesh.tensor=3", "num_processes=1"], "mesh.tensor=3"),
-        (
-            [
-                *("tests/micro_run.py", "sample.max_new_tokens=9999", "num_processes=1"),
-                *("batch.micro=8", "batch.ramp_from=8"),
-            ],
-            "max_new_tokens=9999",
-        ),
         (["tests/micro_run.py", "process_id=1"], "give all three"),
         (["configs/nothing.py"], "configs/tiny.py"),
         ([], "usage"),
@@ -220,10 +208,15 @@ def test_wrong_input_is_one_clear_error(arguments, told, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_the_process_says_so_too(compiled, tmp_path):
-    done = train(tmp_path, compiled, "steps=many")
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [("mesh.tensor=3", "mesh.tensor=3"), ("sample.max_new_tokens=9999", "9999")],
+)
+def test_what_devices_and_data_do_not_allow_too(argument, told, compiled, tmp_path):
+    done = train(tmp_path, compiled, argument)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 FILES_RUN = """

@@ -133,11 +133,12 @@ def test_the_objective_has_no_gradient_in_the_bias():
 
 # How much of a gradient the roundings change: of BF16's eight bits and of FP8's three, in one layer
 # after the other; and here and there they send a token to another expert.
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("precision", "least", "most"),
     [
         ("bf16", 2.0**-9, 2.0**-3),
-        pytest.param("fp8", 2.0**-6, 2.0**-1, marks=pytest.mark.thorough),
+        ("fp8", 2.0**-6, 2.0**-1),
     ],
 )
 def test_weights_and_moments_stay_float32_in_every_precision(precision, least, most):

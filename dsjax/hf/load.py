@@ -18,12 +18,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dsjax import config, sharding
+from dsjax.block_scaled import BlockScaled
 from dsjax.convert.opened import open_checkpoint
 from dsjax.hf import complete, fp8, names
 from dsjax.hf.names import Source
 from dsjax.hf.tensors import Tensor
 from dsjax.model import Transformer, abstract
-from dsjax.nn.block_scaled import BlockScaled
 from dsjax.params import FullPrecision, RouterBias
 
 
@@ -40,7 +40,7 @@ def from_pretrained(
     Weights come in `dtype`, by default as they are on disk (the embedding's type), and lie sharded
     over `mesh`, or on the default device. FP8 weights are multiplied by their scales and rounded
     once, or with `keep_fp8` stay values and scales as they are on disk, for inference
-    (`dsjax.nn.block_scaled`). ValueError names the file, field or tensor at fault.
+    (`dsjax.block_scaled`). ValueError names the file, field or tensor at fault.
     """
     checkpoint = open_checkpoint(path)
     tensors = checkpoint.tensors

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dsjax import sharding
-from dsjax.nn.block_scaled import BlockScaled
+from dsjax.block_scaled import BlockScaled
 from pallas_kernels.fp8_grouped_linear import fp8_grouped_linear
 from pallas_kernels.fp8_grouped_matmul import fp8_sorted_matmul
 from pallas_kernels.fp8_linear import fp8_linear

@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax import sharding
+from dsjax.block_scaled import whole
 from dsjax.config import Mla
 from dsjax.nn import masks, rope
 from dsjax.nn.attend import attend
-from dsjax.nn.block_scaled import whole
 from dsjax.nn.causal import causal
 from dsjax.nn.masks import Places
 from dsjax.nn.norm import RMSNorm

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsjax import sharding
+from dsjax.block_scaled import BlockScaled, whole
 from dsjax.nn.block_fp8 import BlockFp8
-from dsjax.nn.block_scaled import BlockScaled, whole
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 

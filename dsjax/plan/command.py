@@ -1,5 +1,7 @@
 """`dsjax plan CONFIG topology=CHIP:SIZES [slices=N] [key=value ...]`: will it fit, how fast is it.
 
+With phase=prefill or phase=decode, rows=N and length=N it is about serving instead of training.
+
 A machine with a CPU is enough. With the compiler of the chips installed (`pip install 'dsjax[tpu]'`
 or `'dsjax[gpu]'`) the whole training step is compiled for them; without, arithmetic has to do.
 """
@@ -16,6 +18,7 @@ from dsjax.plan import absent, chips, predict, search, table
 from dsjax.plan.buffers import OutOfMemory
 from dsjax.plan.chips import Topology
 from dsjax.plan.compiling import compile_step
+from dsjax.plan.serving import Phase, compile_phase
 from dsjax.progress import in_bytes
 from dsjax.run import MeshShape, Run
 from dsjax.run_file import load
@@ -28,15 +31,23 @@ def plan(config: str, assignments: Sequence[str], *, searching: bool = False) ->
     are tried, the best of them by the compiler.
     """
     jax.config.update("jax_platforms", "cpu")
-    topology, rest = _topology(assignments)
+    topology, phase, rest = _asked(assignments)
     run = load(config, *rest)
-    if searching:
+    if searching and phase is None:
         return _search(run, topology)
+    if searching:
+        raise ValueError("--search is about training steps; leave out phase=")
+    if phase is not None:
+        return _shown(compile_phase(run, phase, topology), topology)
     try:
         outcome = compile_step(run, topology)
     except absent.NoCompiler as missing:
         print(f"by arithmetic only, as nothing was compiled: {missing}")
         return _predicted(run, topology)
+    return _shown(outcome, topology)
+
+
+def _shown(outcome: table.Plan | OutOfMemory, topology: Topology) -> bool:
     if isinstance(outcome, OutOfMemory):
         print(table.refusal(outcome, topology))
         return False
@@ -45,19 +56,30 @@ def plan(config: str, assignments: Sequence[str], *, searching: bool = False) ->
     return outcome.fits
 
 
-def _topology(assignments: Sequence[str]) -> tuple[Topology, list[str]]:
-    given, rest = {"slices": "1"}, []
+def _asked(assignments: Sequence[str]) -> tuple[Topology, Phase | None, list[str]]:
+    """For what chips, for which phase of serving if any, and the keys of the run."""
+    given, rest = {"slices": "1", "phase": "train"}, []
     for assignment in assignments:
         key, _, value = assignment.partition("=")
-        if key in ("topology", "slices"):
+        if key in ("topology", "slices", "phase", "rows", "length"):
             given[key] = value
         else:
             rest.append(assignment)
     if "topology" not in given:
         raise ValueError("say for which chips: topology=v5p:8x8x8, or topology=h100:1x8")
-    if not given["slices"].isdecimal():
-        raise ValueError(f"slices={given['slices']} must be a whole number")
-    return chips.topology(given["topology"], int(given["slices"])), rest
+    numbers = {}
+    for key in given.keys() & {"slices", "rows", "length"}:
+        if not given[key].isdecimal():
+            raise ValueError(f"{key}={given[key]} must be a whole number")
+        numbers[key] = int(given[key])
+    topology = chips.topology(given["topology"], numbers.pop("slices"))
+    if given["phase"] == "train":
+        if numbers:
+            raise ValueError(f"{', '.join(sorted(numbers))}: only with phase=prefill or decode")
+        return topology, None, rest
+    if missing := {"rows", "length"} - numbers.keys():
+        raise ValueError(f"phase={given['phase']} needs {' and '.join(sorted(missing))} too")
+    return topology, Phase(given["phase"], **numbers), rest
 
 
 def _search(run: Run, topology: Topology) -> bool:

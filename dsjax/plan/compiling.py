@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,40 @@ def compile_step(
     """
     devices = absent.devices(topology) if devices is None else devices
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
-    program = lowered(run, mesh)
+    shape, model = run.batch, run.model
+    weights = abstract(model)
+    per_token = flops.training_flops_per_token(model, shape.length)
+    return told(
+        lowered(run, mesh),
+        topology,
+        mesh,
+        by=by,
+        title=f"{shape.size} sequences of {shape.length} tokens, {shape.micro_size} at a time",
+        parameters={
+            "main model": count(weights) - count(weights.mtp),
+            "MTP modules": count(weights.mtp),
+            "of them trained": count(weights, nnx.Param),
+        },
+        useful=per_token * shape.size * shape.length / len(devices),
+        remat=run.remat,
+        outer_trips=shape.size // shape.micro_size,
+    )
+
+
+def told(
+    program: jax.stages.Lowered,
+    topology: Topology,
+    mesh: jax.sharding.Mesh,
+    *,
+    by: Callable[[jax.stages.Lowered], tuple[str, Memory]],
+    outer_trips: int = 1,
+    **known: Any,
+) -> Plan | OutOfMemory:
+    """`program` compiled, counted, and told with what is `known` of it, or that it does not fit.
+
+    `outer_trips` counts the passes of its outermost loop of unknown length. Others are rounds of a
+    dispatch: one, where load is even.
+    """
     began = time.monotonic()
     try:
         text, memory = by(program)
@@ -71,26 +105,12 @@ def compile_step(
         if refused is None:
             raise
         return refused
-    seconds = time.monotonic() - began
-    shape, model = run.batch, run.model
-    weights = abstract(model)
-    per_token = flops.training_flops_per_token(model, shape.length)
     return Plan(
-        title=f"{shape.size} sequences of {shape.length} tokens, {shape.micro_size} at a time",
         topology=topology,
         mesh=search.written(MeshShape(**mesh.shape)),
-        parameters={
-            "main model": count(weights) - count(weights.mtp),
-            "MTP modules": count(weights.mtp),
-            "of them trained": count(weights, nnx.Param),
-        },
         memory=memory,
         largest=tuple(buffers.largest(text)),
-        useful=per_token * shape.size * shape.length / len(devices),
-        # Other loops of unknown length are rounds of a dispatch: one, where load is even.
-        counts=counting.count(
-            text, topology.slice_of(), outer_trips=shape.size // shape.micro_size
-        ),
-        remat=run.remat,
-        seconds=seconds,
+        counts=counting.count(text, topology.slice_of(), outer_trips=outer_trips),
+        seconds=time.monotonic() - began,
+        **known,
     )

@@ -22,9 +22,10 @@ BEYOND = "attention's scores twice in backward and above the diagonal; room for 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One compiled step. `useful`: FLOPs of one step and device by the formula of `dsjax.flops`.
+    """One compiled step, of training or of serving.
 
-    `parameters`: how many, by kind, the first of which `row` shows. `seconds` took the compiler.
+    `useful`: FLOPs of one step and device by the formula of `dsjax.flops`. `parameters`: how many,
+    by kind, the first of which `row` shows. `seconds` took the compiler.
     """
 
     title: str

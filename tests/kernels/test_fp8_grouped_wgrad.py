@@ -46,7 +46,13 @@ def test_gradient(layout, backend, seed):
         assert rel_err(one, other) < TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] * (name in ("gpu", "tpu")))
+        for name in IMPLEMENTATIONS
+    ],
+)
 def test_it_is_rounded_once(backend, seed):
     operands, groups, exact = drawn(seed, "edges")
     found = run(backend, fp8_grouped_wgrad, *operands, num_groups=groups, out_dtype=jnp.bfloat16)

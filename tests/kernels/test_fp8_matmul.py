@@ -125,7 +125,7 @@ def test_wide_blocks_lose_nothing_between_near_powers_of_two(shape, seed):
     assert rel_err(found, exact[0] @ exact[1].T) < TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("by_column", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_wide_blocks_are_rounded_twice(by_column, seed):
     operands, exact = drawn(seed, (64, 64, 1024), by_column)
     found = run("tpu", wide, *operands)

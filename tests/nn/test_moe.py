@@ -141,6 +141,7 @@ def _scaled(factor_E, x_UD, size_E):
     return jnp.where(mine_U[:, None], x_UD * of_row_U[:, None], 0.0)
 
 
+@pytest.mark.thorough
 def test_slices_of_the_experts_add_up_to_the_layer(seed):
     """What devices that share the experts do: each its own, nothing for those of others."""
     rng = np.random.default_rng(seed)

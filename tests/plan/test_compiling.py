@@ -30,7 +30,8 @@ def mesh():
     return sharding.make_mesh(fsdp=4, expert=2)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.thorough), "full"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_compiled_step_is_told_whole(remat):
     made = compiling.compile_step(run(remat=remat), EIGHT, jax.devices())
     # Weights and both moments, each on one of the devices or on all, and three rows of integers;
