@@ -128,3 +128,16 @@ GPU, TPU = (
 
 # For chips whose matrix unit takes e4m3.
 TPU7 = _wide("tpu")
+
+# One of each, the quickest to compile.
+FEW = (
+    "quantize_rows 8192x2048 bfloat16",
+    "quantize_columns 8192x2048 bfloat16",
+    "quantize_blocks 576x7168 float32",
+    "swiglu_quantize 49152x2816 bfloat16",
+    "fp8_matmul 64x7168x16384",
+    "fp8_matmul_wide 64x7168x16384",
+    "fp8_grouped_matmul 64x768, 2048x1408",
+    "fp8_masked_matmul 64x128, 2816x2048",
+    "fp8_grouped_wgrad 64x768, 2048x1408 bfloat16",
+)

@@ -1,24 +1,50 @@
 """Compiles every TPU kernel for chips that are not there: `make aot`.
 
+    python tests/kernels/aot_tpu.py [few] [record] [PART OF A NAME]
+
 Runs in an environment with `jax[tpu]`, on any x86-64 Linux machine. For each kernel and chip: does
-it compile, does it fit the chip's memory. Says nothing about speed. Exits with an error when a
-kernel does not compile, 0 with the reason where the package is not installed.
+it compile, does it fit the chip's memory, and how many instruction bundles are scheduled for it,
+beside the number in tpu_bundles.json; `record` writes that file anew, `few` takes one shape of
+each. Bundles ignore memory and loops, so they compare a kernel with its former self and say nothing
+about speed. Exits with an error when a kernel does not compile or has grown, 0 with the reason
+where the package is not installed.
 """
 
 import importlib.util
+import json
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+BUNDLES = Path(__file__).with_name("tpu_bundles.json")
+# A compiler of the same version schedules the same program alike.
+GROWTH = 1.02
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:2x2x1"}
 
 
-def main(only: str) -> int:
+def scheduled(dumps: Path) -> int:
+    """Bundles of all that was compiled since the last call, by the compiler's own analysis."""
+    total = 0
+    for path in dumps.iterdir():
+        if path.name.endswith("schedule-analysis_final_bundles.txt"):
+            found = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
+            total += int(found[1]) if found else 0
+        path.unlink()
+    return total
+
+
+def main(words: Sequence[str]) -> int:
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: no libtpu here; pip install 'jax[tpu]'")
         return 0
+    dumps = Path(tempfile.mkdtemp())
     os.environ |= {
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true",
         "JAX_PLATFORMS": "cpu",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -31,10 +57,14 @@ def main(only: str) -> int:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-    from tests.kernels.aot_cases import TPU, TPU7
+    from tests.kernels.aot_cases import FEW, TPU, TPU7
 
-    print(f"jax {jax.__version__}")
-    faults = 0
+    compiler = version("libtpu")
+    recorded = json.loads(BUNDLES.read_text())
+    known = recorded["bundles"] if recorded["libtpu"] == compiler else {}
+    only = "".join(word for word in words if word not in ("few", "record"))
+    print(f"jax {jax.__version__}, libtpu {compiler}; bundles of libtpu {recorded['libtpu']}")
+    faults, bundles = 0, {}
     for chip, topology in TOPOLOGIES.items():
         device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
         described = AbstractDevice(
@@ -44,7 +74,7 @@ def main(only: str) -> int:
             (1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=described
         )
         for name, (function, *arguments) in (TPU | (TPU7 if chip == "tpu7x" else {})).items():
-            if only not in name:
+            if only not in name or ("few" in words and name not in FEW):
                 continue
             abstract = [
                 jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
@@ -60,9 +90,21 @@ def main(only: str) -> int:
             calls = done.as_text().count('custom_call_target="tpu_custom_call"')
             faults += calls == 0
             temporary = done.memory_analysis().temp_size_in_bytes
-            print(f"{chip:6} {name:52} {calls} kernel, {temporary / 2**20:.1f} MiB temporary")
+            count = bundles[f"{chip} {name}"] = scheduled(dumps)
+            before = known.get(f"{chip} {name}")
+            has_grown = before is not None and count > GROWTH * before
+            faults += has_grown and "record" not in words
+            print(
+                f"{chip:6} {name:52} {calls} kernel, {temporary / 2**20:.1f} MiB temporary, "
+                f"{count} bundles{f', GROWN from {before}' if has_grown else ''}"
+            )
+    dumps.rmdir()
+    if "record" in words and not faults:
+        unfinished = BUNDLES.with_suffix(".partial")
+        unfinished.write_text(json.dumps({"libtpu": compiler, "bundles": bundles}, indent=1) + "\n")
+        os.replace(unfinished, BUNDLES)
     return min(faults, 1)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+    sys.exit(main(sys.argv[1:]))

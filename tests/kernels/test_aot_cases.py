@@ -7,7 +7,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.fp8_grouped_linear import fp8_grouped_linear
 from pallas_kernels.fp8_linear import fp8_linear
-from tests.kernels.aot_cases import GPU, TPU, TPU7
+from tests.kernels.aot_cases import FEW, GPU, TPU, TPU7
 from tests.kernels.aot_gpu import missing
 
 CHIPS = {
@@ -33,6 +33,11 @@ def test_cases_can_be_traced(platform, case):
     function, *arguments = cases[case]
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(function, *(jax.ShapeDtypeStruct(*one) for one in arguments))
+
+
+def test_the_few_are_one_of_each_operation():
+    assert {name.split()[0] for name in FEW} == {name.split()[0] for name in TPU | TPU7}
+    assert set(FEW) <= (TPU | TPU7).keys()
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
