@@ -37,6 +37,11 @@ class BlockScaled:
         """Of the weight."""
         return jax.eval_shape(lambda weight: weight.whole(jnp.float32), self).shape
 
+    @property
+    def size(self) -> int:
+        """Numbers in the weight."""
+        return self.values.size
+
     def __getitem__(self, index) -> "BlockScaled":
         if index is not ...:
             raise TypeError(f"a weight in FP8 has no slice {index}; take one of `whole(dtype)`")

@@ -16,6 +16,7 @@ from dsjax.hf.tensors import whole as read
 from dsjax.model import Transformer
 from dsjax.nn.block_fp8 import BlockFp8
 from dsjax.nn.precision import Exact, products
+from dsjax.params import count
 from tests.convert import published
 from tests.drawn import FAST_COMPILE
 from tests.tolerance import TOLERANCE, rel_err
@@ -104,6 +105,7 @@ def test_a_number_takes_a_byte(kept, wide):
     numbers = sum(weight.values.size for weight in stored(kept).values())
     scales = sum(4 * weight.scales.size for weight in stored(kept).values())
     assert size(kept) == size(wide) - 3 * numbers + scales
+    assert count(kept) == count(wide)
 
 
 @pytest.mark.usefixtures("uncached")
