@@ -50,10 +50,10 @@ def int32(*values: int) -> jax.Array:
     [
         ("v2_lite", "f32"),
         ("v3", "f64"),
-        ("v3", "f32"),
-        ("kimi_k2", "f32"),
+        pytest.param("v3", "f32", marks=pytest.mark.thorough),
         pytest.param("v2_lite", "f64", marks=pytest.mark.thorough),
         pytest.param("kimi_k2", "f64", marks=pytest.mark.thorough),
+        pytest.param("kimi_k2", "f32", marks=pytest.mark.thorough),
     ],
 )
 def test_prefill_and_decode_are_the_forward_pass(name: str, precision: str):
@@ -238,6 +238,7 @@ def test_the_command_continues_a_text(hub_directory: Path):
     assert done.stdout == "2:8" + "".join(chr(48 + i) for i in ids) + "\n"
 
 
+@pytest.mark.thorough
 def test_the_command_computes_in_fp8_with_the_weights_of_the_checkpoint(hub_directory, capsys):
     path = hub_directory.with_name("fp8")
     assert convert_weights.main(["cast", str(hub_directory), str(path), "--dtype", "fp8"]) == 0

@@ -29,9 +29,7 @@ PRECISIONS = {"f64": jnp.float64, "f32": jnp.float32}
 
 
 # `make parity` runs the others, too.
-CHOSEN = {("v3_odd", "f32")} | {
-    (name, "f64") for name in ("v2_lite", "v2_odd", "v3", "v3_odd", "kimi_k2")
-}
+CHOSEN = {("v2_lite", "f32")} | {(name, "f64") for name in ("v2_lite", "v2_odd", "v3_odd")}
 EVERY_CASE = [
     pytest.param(*case, marks=() if case in CHOSEN else pytest.mark.thorough)
     for case in itertools.product(cases.CASES, PRECISIONS)
@@ -152,7 +150,10 @@ def test_every_gradient_is_that_of_transformers(name: str, precision: str):
             assert_same_gradients(found, in_our_layout(expected, model), TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("name", ["v2_odd", "v3", "v3_odd"])
+@pytest.mark.parametrize(
+    "name",
+    ["v3_odd", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("v2_odd", "v3"))],
+)
 def test_packed_documents_are_those_of_the_numpy_model(name: str):
     known = golden.read(name)
     tokens_BT = np.concatenate([known.tokens_BT[:, 5:], known.tokens_BT], axis=1)

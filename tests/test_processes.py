@@ -94,8 +94,8 @@ def test_the_losses_are_those_of_one_process(run_dir, finished, tmp_path):
 def test_only_the_first_process_writes_and_prints(run_dir, finished):
     first, second = finished
     assert "parameters" in first.output and "more of it" in first.output
-    # Gloo's lines of two processes may run into each other.
-    heard = [line for line in second.output.splitlines() if line and "[Gloo]" not in line]
+    # Gloo's threads write over one another, so parts of its lines may stand alone.
+    heard = [line for line in second.output.splitlines() if line and "peer ranks" not in line]
     assert heard == []
     assert len(list(run_dir.glob("tensorboard/events*"))) == 2, "one for every start"
     assert (run_dir / "loss.png").is_file()

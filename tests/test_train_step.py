@@ -161,6 +161,7 @@ def test_the_state_is_donated():
     assert kept == []
 
 
+@pytest.mark.thorough
 def test_loss_falls_on_a_task_that_can_be_learnt():
     """t_{i+1} = t_i + 3 (mod 32): from ln 32 = 3.5 nats to a few hundredths."""
     run = drawn.run(

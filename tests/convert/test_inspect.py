@@ -39,7 +39,7 @@ def map_of(name: str) -> Path:
                 ("all", "91,991", "684,531,386,000", "688.6", "GB"),
             ],
         ),
-        (
+        pytest.param(
             "kimi_k2",
             [
                 ("total", "1,026,408,232,448"),
@@ -47,6 +47,7 @@ def map_of(name: str) -> Path:
                 ("ignored", "BF16", "61"),
                 ("all", "139,644"),
             ],
+            marks=pytest.mark.thorough,
         ),
     ],
 )

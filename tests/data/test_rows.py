@@ -109,7 +109,7 @@ def test_streams_take_turns_and_share_the_documents(documents):
     assert rows_of(documents, streams=99).get_state()["streams"] == len(LENGTHS)
 
 
-@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("streams", [1, pytest.param(3, marks=pytest.mark.thorough)])
 def test_resumes_exactly_after_any_row_and_across_epochs(documents, streams):
     # 125 tokens an epoch: 50 rows of 8 cross three epoch boundaries.
     rows, states, expected = rows_of(documents, streams=streams), [], []

@@ -133,6 +133,7 @@ TPU7 = _wide("tpu")
 FEW = (
     "quantize_rows 8192x2048 bfloat16",
     "quantize_columns 8192x2048 bfloat16",
+    "quantize_rows_and_columns 8192x2048 bfloat16",
     "quantize_blocks 576x7168 float32",
     "swiglu_quantize 49152x2816 bfloat16",
     "fp8_matmul 64x7168x16384",
