@@ -42,7 +42,7 @@ test: $(INSTALLED) ## the default suite: no network, no torch
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 thorough: $(INSTALLED) ## the default suite's slow companions: every mesh, transport and backend
-	@$(PY) -m pytest -n 2 -m thorough $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile -m thorough $(ARGS)
 
 parity: $(INSTALLED) $(ORACLE_INSTALLED) ## fresh goldens from transformers (SEED=7), same tests
 	@seed="$(SEED)"; seed=$${seed:-$$($(PY) -c 'import secrets; print(secrets.randbelow(2**31))')}; \

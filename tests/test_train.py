@@ -73,7 +73,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 def finished(tmp_path_factory, compiled) -> tuple[Path, str]:
     """The folder of a run that nothing interrupts, and what it printed."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
-    done = train(run_dir, compiled, "profile=5:5")
+    done = train(run_dir, compiled, "profile=5:6")
     assert done.returncode == 0, done.stderr
     return run_dir, done.stdout
 
