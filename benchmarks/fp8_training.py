@@ -112,7 +112,8 @@ def draw(found: dict[tuple[str, int], list[float]], path: Path) -> None:
     for (variant, seed), losses in found.items():
         curve = windows(losses)
         steps = [WINDOW * (i + 1) for i in range(len(curve))]
-        label, style = (variant if seed == 0 else None), {"color": colors[variant], "linewidth": 1}
+        is_first = seed == min(its for name, its in found if name == variant)
+        label, style = variant if is_first else None, {"color": colors[variant], "linewidth": 1}
         left.plot(steps, curve, label=label, **style)
         if variant != "bf16" and ("bf16", seed) in found:
             apart = [100 * one for one in differences(losses, found["bf16", seed])]

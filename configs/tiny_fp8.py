@@ -5,7 +5,7 @@ linear layer in e4m3, scales for every 1x128 and 128x128.
     python train.py configs/tiny_fp8.py precision=bf16 run_dir=runs/tiny_bf16
 
 On a CPU the arithmetic is emulated: same values as on a chip that has it, and slower than BF16.
-Expect the two losses to stay within 0.25% of each other (`docs/fp8.md`). Sizes are such that sums
+How near the two losses stay, and how near chance lets them: `docs/fp8.md`. Sizes are such that sums
 run over several blocks, and some blocks are cut short.
 """
 
