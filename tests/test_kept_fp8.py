@@ -83,6 +83,7 @@ def test_logits_are_those_of_the_weights_multiplied_out(kept, wide):
     assert rel_err(logits(kept), logits(wide)) < TOLERANCE["f32"]
 
 
+@pytest.mark.thorough
 def test_logits_in_fp8_are_those_of_weights_quantized_again(kept, wide):
     """Whatever was quantized finds its codes again: the largest of a block is 448 scales."""
     found = logits(kept, BlockFp8())

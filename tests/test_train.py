@@ -231,6 +231,7 @@ run = dataclasses.replace(small, data=data, steps=4, mesh=type(small.mesh)())
 """
 
 
+@pytest.mark.thorough
 def test_trains_on_a_folder_of_documents_with_a_real_tokenizer(compiled, tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

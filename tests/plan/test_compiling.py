@@ -54,6 +54,7 @@ def test_a_compiled_step_is_told_whole(remat):
     assert made.fits
 
 
+@pytest.mark.thorough
 def test_the_program_does_not_grow_with_the_depth():
     """Layers are scanned: a hundred are one body."""
     texts = [

@@ -96,6 +96,7 @@ def test_rows_and_length_that_cannot_be_cut_are_named(phase, mesh, told):
         serving.lowered(RUN, phase, sharding.make_mesh(**mesh))
 
 
+@pytest.mark.thorough
 def test_the_program_computes_in_the_precision_of_the_run():
     mesh = sharding.make_mesh(fsdp=4, expert=2)
     phase = Phase("decode", rows=8, length=32)
