@@ -24,7 +24,7 @@ from dsjax.data import Dataset, Row, RowIterator, merged, open_data
 from dsjax.guard import LossGuard
 from dsjax.host_memory import keep_freed_pages
 from dsjax.model import Transformer
-from dsjax.nn.precision import PRECISIONS
+from dsjax.nn.precision import PRECISIONS, products
 from dsjax.overrides import help_text
 from dsjax.params import cast, count
 from dsjax.progress import StepProgress
@@ -326,9 +326,9 @@ def sampled(run: Run, model: Transformer, data: Dataset) -> str:
     """The model's continuation of `run.sample.prompt`."""
     from dsjax.generate import generate
 
-    tokenizer = data.tokenizer
+    tokenizer, precision = data.tokenizer, PRECISIONS[run.precision]
     tokens = generate(
-        cast(model, PRECISIONS[run.precision].dtype),
+        cast(model, precision.dtype),
         tokenizer.encode_prompt(run.sample.prompt),
         max_new_tokens=run.sample.max_new_tokens,
         temperature=run.sample.temperature,
@@ -337,7 +337,8 @@ def sampled(run: Run, model: Transformer, data: Dataset) -> str:
         eos_ids={tokenizer.eos_id} - {None},
         num_tokens=tokenizer.num_tokens,
     )
-    return tokenizer.decode(list(tokens))
+    with products(precision.products):
+        return tokenizer.decode(list(tokens))
 
 
 def main(arguments: Sequence[str]) -> int:

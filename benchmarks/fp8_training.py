@@ -46,6 +46,7 @@ def train(path: Path, variant: str, seed: int, steps: int) -> tuple[str, int, fl
     from dsjax.data import open_data
     from dsjax.losses import Batch
     from dsjax.run_file import load
+    from dsjax.run_folder import replace_text
     from dsjax.train_step import init_state, make_train_step
 
     run = load(CONFIG, f"seed={seed}", f"steps={steps}", "precision=bf16")
@@ -66,9 +67,7 @@ def train(path: Path, variant: str, seed: int, steps: int) -> tuple[str, int, fl
         arrays = (np.stack([getattr(row, name) for row in its])[None] for name in names)
         state, values = step(state, Batch(*map(jnp.asarray, arrays)), jnp.int32(1))
         losses.append(float(values["loss"]))
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps({"variant": variant, "seed": seed, "losses": losses}))
-    os.replace(unfinished, path)
+    replace_text(path, json.dumps({"variant": variant, "seed": seed, "losses": losses}))
     return variant, seed, sum(losses[-WINDOW:]) / WINDOW
 
 

@@ -18,16 +18,24 @@ from dsjax.run import BatchShape
 def check_fits(config: BatchShape) -> None:
     """ValueError if the batch does not divide over the mesh that is set."""
     micro = config.micro_size
-    shares = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
-    if micro % shares:
-        raise ValueError(
-            f"a micro-batch of {micro} sequences does not divide over mesh.data * mesh.fsdp * "
-            f"mesh.expert = {shares}; make batch.micro (or batch.size) a multiple of it"
-        )
+    check_rows(micro, f"a micro-batch of {micro} sequences does", "batch.micro (or batch.size)")
     if config.length % sharding.axis_size("context"):
         raise ValueError(
             f"batch.length={config.length} does not divide over mesh.context="
             f"{sharding.axis_size('context')}"
+        )
+
+
+def check_rows(number: int, told: str, key: str) -> None:
+    """ValueError, which begins with `told`, unless `number` rows divide over the mesh that is set.
+
+    `key` is what to change.
+    """
+    shares = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
+    if number % shares:
+        raise ValueError(
+            f"{told} not divide over mesh.data * mesh.fsdp * mesh.expert = {shares}; make {key} a "
+            "multiple of it"
         )
 
 

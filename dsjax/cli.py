@@ -130,8 +130,8 @@ def _from_hub(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loa
     dtype, by = None, Exact()
     if precision is not None:
         dtype, by = PRECISIONS[precision].dtype, PRECISIONS[precision].products
-    is_fp8 = "quantization_config" in read_json(folder / "config.json")
-    keep_fp8 = is_fp8 and isinstance(by, BlockFp8)
+    multiplies_fp8 = isinstance(by, BlockFp8)
+    keep_fp8 = multiplies_fp8 and "quantization_config" in read_json(folder / "config.json")
     model = hf.from_pretrained(path, dtype=dtype, mesh=mesh, keep_fp8=keep_fp8)
     stated = None
     for name in ("generation_config.json", "config.json"):

@@ -115,12 +115,17 @@ def generate(
         )
     if not 1 <= num_tokens <= spec.vocab_size:
         raise ValueError(f"num_tokens={num_tokens} must lie in 1 to {spec.vocab_size} vocab rows")
-    if sharding.axis_size("context") > 1:
-        raise ValueError("mesh.context must be 1 to generate: one token at a time cannot be cut")
+    check_mesh()
     pick = functools.partial(
         sample, temperature=float(temperature), top_p=float(top_p), num_tokens=num_tokens
     )
     return _stream(model, prompt, max_new_tokens, pick, jax.random.key(seed), frozenset(eos_ids))
+
+
+def check_mesh() -> None:
+    """ValueError if nothing can be generated on the mesh that is set."""
+    if sharding.axis_size("context") > 1:
+        raise ValueError("mesh.context must be 1 to generate: one token at a time cannot be cut")
 
 
 def _stream(model, prompt, max_new_tokens, pick, key, eos_ids) -> Iterator[int]:

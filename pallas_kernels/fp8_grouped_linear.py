@@ -63,26 +63,26 @@ def quantize_matrices(w_GNK: Array, **how) -> tuple[Array, Array]:
     return values.reshape(G, below.shape[0] // G, K)[:, :N], scales.reshape(G, -1, scales.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _linear(x_MK, w_GNK, sizes_G, weight_grad, power_of_two, x_power_of_two, implementation):
+def _product(x_MK, w_GNK, sizes_G, power_of_two, x_power_of_two, implementation):
+    """y, and the quantized w."""
     quantizer = backend(implementation)
     x = quantize_rows(x_MK, power_of_two=x_power_of_two, implementation=quantizer)
     w = quantize_matrices(w_GNK, power_of_two=power_of_two, implementation=quantizer)
-    return fp8_sorted_matmul(
-        *(*x, *w, sizes_G), out_dtype=x_MK.dtype, implementation=implementation
-    )
+    operands = *x, *w, sizes_G
+    return fp8_sorted_matmul(*operands, out_dtype=x_MK.dtype, implementation=implementation), w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _linear(x_MK, w_GNK, sizes_G, weight_grad, *how):
+    return _product(x_MK, w_GNK, sizes_G, *how)[0]
 
 
 def _forward(x_MK, w_GNK, sizes_G, weight_grad, power_of_two, x_power_of_two, implementation):
-    quantizer = backend(implementation)
-    x = quantize_rows(x_MK, power_of_two=x_power_of_two, implementation=quantizer)
-    w = quantize_matrices(w_GNK, power_of_two=power_of_two, implementation=quantizer)
-    y_MN = fp8_sorted_matmul(
-        *(*x, *w, sizes_G), out_dtype=x_MK.dtype, implementation=implementation
-    )
+    y_MN, w = _product(x_MK, w_GNK, sizes_G, power_of_two, x_power_of_two, implementation)
     if weight_grad == "fp8":
         in_tiles = tiles(sizes_G, x_MK.shape[0]).into(x_MK)
-        kept = quantize_columns(in_tiles, power_of_two=x_power_of_two, implementation=quantizer)
+        how = {"power_of_two": x_power_of_two, "implementation": backend(implementation)}
+        kept = quantize_columns(in_tiles, **how)
     else:
         kept = x_MK
     # Empty arrays stand for dtypes, which are no values that can be kept.

@@ -24,23 +24,33 @@ def test_v3_equals_its_active_parameters_and_causal_attention():
     assert 8e9 < mtp < 12e9
 
 
+ATTENTION = config.Mla(
+    num_heads=2,
+    q_lora_rank=None,
+    kv_lora_rank=3,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=2,
+    v_head_dim=5,
+)
+BLOCK = config.Block(attention=ATTENTION, ffn=config.Dense(intermediate_size=7))
+TINY = config.Model(
+    vocab_size=11, hidden_size=8, layers=(config.LayerGroup(repeat=3, pattern=(BLOCK,)),)
+)
+# Queries, latent, keys and values out of it, output; then the feed-forward layer.
+LINEAR = 8 * 2 * 6 + 8 * (3 + 2) + 3 * 2 * (4 + 5) + 2 * 5 * 8 + 3 * 8 * 7
+CORE = 2 * (6 + 5) * (9 + 1) / 2
+
+
 def test_one_tiny_layer_by_hand():
-    attention = config.Mla(
-        num_heads=2,
-        q_lora_rank=None,
-        kv_lora_rank=3,
-        qk_nope_head_dim=4,
-        qk_rope_head_dim=2,
-        v_head_dim=5,
-    )
-    block = config.Block(attention=attention, ffn=config.Dense(intermediate_size=7))
-    model = config.Model(
-        vocab_size=11, hidden_size=8, layers=(config.LayerGroup(repeat=3, pattern=(block,)),)
-    )
-    queries, latent, expand, out = 8 * 2 * 6, 8 * (3 + 2), 3 * 2 * (4 + 5), 2 * 5 * 8
-    core = 2 * (6 + 5) * (9 + 1) / 2
-    layer = queries + latent + expand + out + core + 3 * 8 * 7
-    assert flops.training_flops_per_token(model, 9) == 6 * (3 * layer + 8 * 11)
+    assert flops.training_flops_per_token(TINY, 9) == 6 * (3 * (LINEAR + CORE) + 8 * 11)
+
+
+def test_a_prompt_and_a_token_after_it_by_hand():
+    prompt = flops.serving_flops_per_row(TINY, 9, is_prefill=True)
+    assert prompt == 2 * (9 * 3 * (LINEAR + CORE) + 8 * 11)
+    # Scores over latent and rotated key, sums of latents.
+    token = flops.serving_flops_per_row(TINY, 9, is_prefill=False)
+    assert token == 2 * (3 * (LINEAR + 2 * 9 * ((3 + 2) + 3)) + 8 * 11)
 
 
 def test_peak_is_unknown_for_a_cpu():

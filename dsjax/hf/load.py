@@ -95,14 +95,8 @@ def load_weights(
             return _kept(tensors, sources[name], variable, mesh)
         kept = isinstance(variable, FullPrecision | RouterBias)
         kind = np.promote_types(dtype, jnp.float32) if kept else dtype
-        read = functools.partial(_read, tensors, sources[name], variable.shape, kind)
-        if placed is None:
-            return variable.replace(jnp.asarray(read((slice(None),) * variable.ndim)))
-        # Devices that hold the same slice share one reading of it.
-        array = jax.make_array_from_callback(
-            variable.shape, placed[name].get_value(), functools.cache(read), dtype=kind
-        )
-        return variable.replace(array)
+        where = None if placed is None else placed[name].get_value()
+        return variable.replace(_array(tensors, sources[name], variable.shape, kind, where))
 
     return jax.tree_util.tree_map_with_path(fill, module, is_leaf=sharding.is_variable)
 
@@ -121,7 +115,6 @@ def _kept(
     """The weight as it is on disk; cut where experts are told apart, and nowhere else."""
     sizes = source.sizes(variable.shape)
     single = [letter for letter in source.stacked if letter != "l"]
-    hub = " ".join(f"({' '.join(axis)})" if len(axis) > 1 else axis[0] for axis in source.hub)
     ours = " ".join(letter for letter in source.ours if letter != "l")
     unfolded = [letter for axis in source.hub if len(axis) > 1 for letter in axis]
     variable = variable.replace(
@@ -130,25 +123,35 @@ def _kept(
     plain = dataclasses.replace(source, ours=(*source.stacked, "N", "K"), hub=(("N",), ("K",)))
     stack, matrix = source.names.shape, source.hub_shape(variable.shape)
 
-    def read(parts: dict[str, Tensor], shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-        shape = (*stack, *shape)
-        fill = functools.partial(_read, parts, plain, shape, dtype)
-        if mesh is None:
-            return jnp.asarray(fill((slice(None),) * len(shape)))
-        missing = (None,) * (len(shape) - len(variable.axes))
-        where = jax.NamedSharding(mesh, sharding.spec(*missing, *variable.axes, mesh=mesh))
-        return jax.make_array_from_callback(shape, where, functools.cache(fill), dtype=dtype)
-
+    where = None
+    if mesh is not None:
+        layers = (None,) * (len(stack) - len(single))
+        where = jax.NamedSharding(mesh, sharding.spec(*layers, *variable.axes, mesh=mesh))
     values = {name: tensors[name].values for name in source.names.flat}
     scales = {name: tensors[name].checked_scales for name in source.names.flat}
     return variable.replace(
         BlockScaled(
-            read(values, matrix, fp8.VALUES),
-            read(scales, fp8.grid(matrix), np.dtype(np.float32)),
-            layout=f"... {' '.join((*single, hub))} -> ... {ours}",
+            _array(values, plain, (*stack, *matrix), fp8.VALUES, where),
+            _array(scales, plain, (*stack, *fp8.grid(matrix)), np.dtype(np.float32), where),
+            layout=f"... {' '.join((*single, source.hub_axes))} -> ... {ours}",
             widths=tuple((letter, sizes[letter]) for letter in unfolded),
         )
     )
+
+
+def _array(
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    where: jax.NamedSharding | None,
+) -> jax.Array:
+    """The weight with `shape`, laid out as `where` says, or on the default device."""
+    read = functools.partial(_read, tensors, source, shape, dtype)
+    if where is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    # Devices that hold the same slice share one reading of it.
+    return jax.make_array_from_callback(shape, where, functools.cache(read), dtype=dtype)
 
 
 def _read(
@@ -171,7 +174,6 @@ def _read(
         cut.append(slice(ranges[first].start * width, ranges[first].stop * width))
         inner |= {letter: sizes[letter] for letter in others}
     single = [letter for letter in source.ours if letter not in source.stacked]
-    hub = " ".join(f"({' '.join(axis)})" for axis in source.hub)
     within = tuple(
         slice(ranges[x].start, ranges[x].stop) if x in inner else slice(None) for x in single
     )
@@ -183,5 +185,5 @@ def _read(
     chosen = np.asarray(chosen, object)
     for place in np.ndindex(chosen.shape):
         piece = tensors[chosen[place]][tuple(cut)]
-        slots[place] = rearrange(piece, f"{hub} -> {' '.join(single)}", **inner)[within]
+        slots[place] = rearrange(piece, f"{source.hub_axes} -> {' '.join(single)}", **inner)[within]
     return out

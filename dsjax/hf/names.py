@@ -79,6 +79,11 @@ class Source:
     def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         return dict(zip(self.ours, shape, strict=True))
 
+    @property
+    def hub_axes(self) -> str:
+        """The axes of a single tensor as einops has them: "(n x) (q)"."""
+        return " ".join(f"({' '.join(axis)})" for axis in self.hub)
+
     def hub_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of every hub tensor of a weight of ours with `shape`."""
         sizes = self.sizes(shape)

@@ -33,18 +33,25 @@ def plan(config: str, assignments: Sequence[str], *, searching: bool = False) ->
     jax.config.update("jax_platforms", "cpu")
     topology, phase, rest = _asked(assignments)
     run = load(config, *rest)
-    if searching and phase is None:
-        return _search(run, topology)
-    if searching:
-        raise ValueError("--search is about training steps; leave out phase=")
     if phase is not None:
-        return _shown(compile_phase(run, phase, topology), topology)
+        return _planned(run, phase, topology, searching=searching)
+    if searching:
+        return _search(run, topology)
     try:
         outcome = compile_step(run, topology)
     except absent.NoCompiler as missing:
         print(f"by arithmetic only, as nothing was compiled: {missing}")
         return _predicted(run, topology)
     return _shown(outcome, topology)
+
+
+def _planned(run: Run, phase: Phase, topology: Topology, *, searching: bool) -> bool:
+    if searching:
+        raise ValueError("--search is about training steps; leave out phase=")
+    try:
+        return _shown(compile_phase(run, phase, topology), topology)
+    except absent.NoCompiler as missing:
+        raise ValueError(f"{missing}; arithmetic is about training steps only") from missing
 
 
 def _shown(outcome: table.Plan | OutOfMemory, topology: Topology) -> bool:

@@ -28,11 +28,7 @@ def lowered(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """
     with jax.set_mesh(mesh), sharding.layout(sharding.Layout(dispatch=run.dispatch)):
         batches.check_fits(run.batch)
-        state = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(lambda: init_state(run)),
-            state_shardings(run, mesh),
-        )
+        state = laid_out(jax.eval_shape(lambda: init_state(run)), state_shardings(run, mesh))
         shape = run.batch
         rows = jax.ShapeDtypeStruct(
             (shape.size // shape.micro_size, shape.micro_size, shape.length),
@@ -41,6 +37,15 @@ def lowered(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         )
         used = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
         return make_train_step(run).lower(state, Batch(rows, rows, rows), used)
+
+
+def laid_out(abstract_arrays, shardings):
+    """Shapes and dtypes of `abstract_arrays`, each where `shardings`, a like tree, has it."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract_arrays,
+        shardings,
+    )
 
 
 def finished(program: jax.stages.Lowered) -> tuple[str, Memory]:

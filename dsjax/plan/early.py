@@ -5,6 +5,7 @@ files where `xla_dump_to` says. Nothing stops a compiler: use this in a process 
 """
 
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -38,11 +39,16 @@ def planned(program: jax.stages.Lowered) -> tuple[str, Memory]:
     while thread.is_alive() and not 0 < size == before:
         time.sleep(0.5)
         size, before = sum(path.stat().st_size for path in Path(folder).glob(PROGRAM)), size
-    if errors:
-        raise errors[0]
-    (text,), (allocations,) = (
-        [path.read_text() for path in Path(folder).glob(name)] for name in (PROGRAM, ALLOCATIONS)
-    )
+    try:
+        if errors:
+            raise errors[0]
+        (text,), (allocations,) = (
+            [path.read_text() for path in Path(folder).glob(name)]
+            for name in (PROGRAM, ALLOCATIONS)
+        )
+    finally:
+        # Dumps of a large program take hundreds of megabytes.
+        shutil.rmtree(folder, ignore_errors=True)
     return text, assigned(allocations)
 
 

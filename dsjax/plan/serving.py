@@ -1,21 +1,20 @@
 """Prefill and decode, compiled ahead of time for devices that need not be there."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from dsjax import config, flops, sharding
-from dsjax.generate import decode, prefill
+from dsjax import batches, config, flops, sharding
+from dsjax.generate import check_mesh, decode, prefill
 from dsjax.model import Transformer, abstract
 from dsjax.nn.precision import PRECISIONS
 from dsjax.params import cast, count
 from dsjax.plan import absent
 from dsjax.plan.buffers import Memory, OutOfMemory
 from dsjax.plan.chips import Topology
-from dsjax.plan.compiling import finished, told
+from dsjax.plan.compiling import finished, laid_out, told
 from dsjax.plan.table import Plan
 from dsjax.run import Run
 
@@ -46,19 +45,9 @@ def lowered(run: Run, phase: Phase, mesh: jax.sharding.Mesh) -> jax.stages.Lower
     model = _cast(_served(run.model), precision.dtype)
     layout = sharding.layout(sharding.Layout(dispatch=run.dispatch))
     with jax.set_mesh(mesh), layout:
-        parts = math.prod(sharding.axis_size(axis) for axis in sharding.BATCH_AXES)
-        if phase.rows % parts:
-            raise ValueError(
-                f"rows={phase.rows} do not divide over mesh.data * mesh.fsdp * mesh.expert = "
-                f"{parts}; make rows a multiple of it"
-            )
-        if sharding.axis_size("context") > 1:
-            raise ValueError("mesh.context must be 1 to generate: one token cannot be cut")
-        weights = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            model,
-            sharding.shardings(model, mesh),
-        )
+        batches.check_rows(phase.rows, f"rows={phase.rows} do", "rows")
+        check_mesh()
+        weights = laid_out(model, sharding.shardings(model, mesh))
         cache = jax.jit(lambda model: model.init_caches(phase.rows, phase.length)).eval_shape(
             weights
         )

@@ -13,6 +13,7 @@ from pallas_kernels import select
 from pallas_kernels.fp8_grouped_matmul import dequantize, reference
 from pallas_kernels.fp8_grouped_matmul.tiles import tiles
 from pallas_kernels.fp8_matmul import gpu, tpu
+from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 
 IMPLEMENTATIONS = {
@@ -50,7 +51,7 @@ def fp8_grouped_matmul(
             "w [G, N, K], scales [G, ceil(N/128), ceil(K/128)] and groups [M/128]; got "
             f"{x_MK.shape}, {x_scales.shape}, {w_GNK.shape}, {w_scales.shape}, {tile_groups.shape}"
         )
-    _check_dtypes("fp8_grouped_matmul", x_MK, w_GNK)
+    e4m3.check("fp8_grouped_matmul", x_MK, w_GNK)
     return select.run(
         "fp8_grouped_matmul",
         IMPLEMENTATIONS,
@@ -92,7 +93,7 @@ def fp8_sorted_matmul(
             f"[G, ceil(N/128), ceil(K/128)] and sizes [G]; got {x_MK.shape}, {x_scales.shape}, "
             f"{w_GNK.shape}, {w_scales.shape}, {sizes_G.shape}"
         )
-    _check_dtypes("fp8_sorted_matmul", x_MK, w_GNK)
+    e4m3.check("fp8_sorted_matmul", x_MK, w_GNK)
     return select.run(
         "fp8_sorted_matmul",
         SORTED,
@@ -106,8 +107,3 @@ def _fit(x_MK: Array, x_scales: Array, w_GNK: Array, w_scales: Array) -> bool:
     (M, K), (G, N, inner) = x_MK.shape, w_GNK.shape
     shapes = (M, num_blocks(K)), (G, num_blocks(N), num_blocks(K))
     return inner == K and (x_scales.shape, w_scales.shape) == shapes
-
-
-def _check_dtypes(op: str, x_MK: Array, w_GNK: Array) -> None:
-    if {x_MK.dtype, w_GNK.dtype} != {jnp.dtype(jnp.float8_e4m3fn)}:
-        raise ValueError(f"{op} wants float8_e4m3fn, got {x_MK.dtype} and {w_GNK.dtype}")

@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import select
 from pallas_kernels.fp8_grouped_wgrad import dequantize, gpu, reference, tpu
+from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK
 
 IMPLEMENTATIONS = {
@@ -45,10 +46,7 @@ def fp8_grouped_wgrad(
             f"x [K, M], scales [K, M/128] and groups [M/128]; got {dy_NM.shape}, "
             f"{dy_scales.shape}, {x_KM.shape}, {x_scales.shape}, {tile_groups.shape}"
         )
-    if {dy_NM.dtype, x_KM.dtype} != {jnp.dtype(jnp.float8_e4m3fn)}:
-        raise ValueError(
-            f"fp8_grouped_wgrad wants float8_e4m3fn, got {dy_NM.dtype} and {x_KM.dtype}"
-        )
+    e4m3.check("fp8_grouped_wgrad", dy_NM, x_KM)
     return select.run(
         "fp8_grouped_wgrad",
         IMPLEMENTATIONS,

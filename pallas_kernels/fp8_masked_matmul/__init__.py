@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import fp8_grouped_matmul, select
 from pallas_kernels.fp8_masked_matmul import dequantize
+from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 
 
@@ -60,10 +61,7 @@ def fp8_masked_matmul(
             f"[G, ceil(N/128), ceil(K/128)] and sizes [G]; got {x_GMK.shape}, {x_scales.shape}, "
             f"{w_GNK.shape}, {w_scales.shape}, {sizes_G.shape}"
         )
-    if {x_GMK.dtype, w_GNK.dtype} != {jnp.dtype(jnp.float8_e4m3fn)}:
-        raise ValueError(
-            f"fp8_masked_matmul wants float8_e4m3fn, got {x_GMK.dtype} and {w_GNK.dtype}"
-        )
+    e4m3.check("fp8_masked_matmul", x_GMK, w_GNK)
     return select.run(
         "fp8_masked_matmul",
         IMPLEMENTATIONS,

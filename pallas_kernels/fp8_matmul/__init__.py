@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import select
 from pallas_kernels.fp8_matmul import dequantize, gpu, reference, tpu, tpu_wide
+from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import num_blocks
 
 IMPLEMENTATIONS = {
@@ -52,8 +53,7 @@ def fp8_matmul(
             f"[N or ceil(N/128), ceil(K/128)]; got {x_MK.shape}, {x_scales.shape}, {w_NK.shape}, "
             f"{w_scales.shape}"
         )
-    if {x_MK.dtype, w_NK.dtype} != {jnp.dtype(jnp.float8_e4m3fn)}:
-        raise ValueError(f"fp8_matmul wants float8_e4m3fn, got {x_MK.dtype} and {w_NK.dtype}")
+    e4m3.check("fp8_matmul", x_MK, w_NK)
     return select.run(
         "fp8_matmul",
         IMPLEMENTATIONS,

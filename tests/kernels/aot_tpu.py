@@ -57,6 +57,7 @@ def main(words: Sequence[str]) -> int:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
+    from dsjax.run_folder import replace_text
     from tests.kernels.aot_cases import FEW, TPU, TPU7
 
     compiler = version("libtpu")
@@ -100,9 +101,8 @@ def main(words: Sequence[str]) -> int:
             )
     dumps.rmdir()
     if "record" in words and not faults:
-        unfinished = BUNDLES.with_suffix(".partial")
-        unfinished.write_text(json.dumps({"libtpu": compiler, "bundles": bundles}, indent=1) + "\n")
-        os.replace(unfinished, BUNDLES)
+        recorded = {"libtpu": compiler, "bundles": bundles}
+        replace_text(BUNDLES, json.dumps(recorded, indent=1) + "\n")
     return min(faults, 1)
 
 

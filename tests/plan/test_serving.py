@@ -1,12 +1,13 @@
-"""Prefill and decode compiled for the virtual devices that are here; their FLOPs by hand."""
+"""Prefill and decode compiled for the virtual devices that are here."""
 
 import dataclasses
+import importlib.util
 import math
 
 import jax
 import pytest
 
-from dsjax import config, flops, sharding
+from dsjax import sharding
 from dsjax.model import abstract
 from dsjax.params import FullPrecision, RouterBias
 from dsjax.plan import chips, serving
@@ -46,28 +47,6 @@ def test_arguments_are_weights_tokens_and_the_latent_cache(name, tokens):
     assert made.title.startswith(name) and made.fits
 
 
-def test_flops_of_a_layer_by_hand():
-    attention = config.Mla(
-        num_heads=2,
-        q_lora_rank=None,
-        kv_lora_rank=3,
-        qk_nope_head_dim=4,
-        qk_rope_head_dim=2,
-        v_head_dim=5,
-    )
-    block = config.Block(attention=attention, ffn=config.Dense(intermediate_size=7))
-    model = config.Model(
-        vocab_size=11, hidden_size=8, layers=(config.LayerGroup(repeat=3, pattern=(block,)),)
-    )
-    queries, latent, unfold, out = 8 * 2 * 6, 8 * (3 + 2), 3 * 2 * (4 + 5), 2 * 5 * 8
-    linear = queries + latent + unfold + out + 3 * 8 * 7
-    prompt = flops.serving_flops_per_row(model, 9, is_prefill=True)
-    assert prompt == 2 * (9 * 3 * (linear + 2 * (6 + 5) * (9 + 1) / 2) + 8 * 11)
-    # Scores over latent and rotated key, sums of latents.
-    token = flops.serving_flops_per_row(model, 9, is_prefill=False)
-    assert token == 2 * (3 * (linear + 2 * 9 * ((3 + 2) + 3)) + 8 * 11)
-
-
 @pytest.mark.parametrize(
     ("assignments", "told"),
     [
@@ -82,6 +61,14 @@ def test_flops_of_a_layer_by_hand():
 def test_what_cannot_be_planned_is_said(assignments, told):
     with pytest.raises(ValueError, match=told):
         plan("configs/tiny_v3.py", ["topology=v5p:2x2x2", *assignments])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="about machines without libtpu"
+)
+def test_without_a_compiler_the_way_to_one_is_told():
+    with pytest.raises(ValueError, match=r"pip install 'dsjax\[tpu\]'.*training steps only"):
+        plan("configs/tiny_v3.py", ["topology=v5p:2x2x2", "phase=decode", "rows=8", "length=8"])
 
 
 @pytest.mark.parametrize(
