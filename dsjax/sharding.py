@@ -119,8 +119,9 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
 
 
 def active() -> bool:
-    """Whether a mesh is set (`with jax.set_mesh(mesh)`)."""
-    return not jax.sharding.get_abstract_mesh().empty
+    """Whether arrays lie over a mesh: one is set, and this is not inside of `local`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not (mesh.empty or mesh.are_all_axes_manual)
 
 
 def platform() -> str:
@@ -164,11 +165,19 @@ def einsum(subscripts: str, *operands: jax.Array, axes: Sequence[str | None]) ->
     return jnp.einsum(subscripts, *operands, out_sharding=spec(*axes) if active() else None)
 
 
-def local(function: Callable, in_specs, out_specs) -> Callable:
-    """`function` on each device's own piece (`jax.shard_map`); itself without a mesh, or inside."""
-    if not active() or jax.sharding.get_abstract_mesh().are_all_axes_manual:
+def held(x: jax.Array) -> P:
+    """How `x` lies on the mesh; of no meaning without one."""
+    return jax.typeof(x).sharding.spec
+
+
+def local(function: Callable, in_specs, out_specs, *, checked: bool = True) -> Callable:
+    """`function` on each device's own piece (`jax.shard_map`); itself without a mesh, or inside.
+
+    `checked=False`: jax need not follow along which mesh axes values vary.
+    """
+    if not active():
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
 
 
 def varying(tree, *mesh_axes: str):
@@ -185,6 +194,27 @@ def summed(x: jax.Array, *mesh_axes: str) -> jax.Array:
     """Inside `local`: the sum over the devices along `mesh_axes`, which all of them get."""
     mesh_axes = cut(*mesh_axes)
     return jax.lax.psum(x, mesh_axes) if mesh_axes else x
+
+
+def gathered(x: jax.Array, *mesh_axes: str, axis: int) -> jax.Array:
+    """Inside `local`: the pieces of all devices along `mesh_axes`, joined along `axis`.
+
+    Backward a device gets the sum of what all have for its piece (a reduce-scatter).
+    """
+    mesh_axes = cut(*mesh_axes)
+    return jax.lax.all_gather(x, mesh_axes, axis=axis, tiled=True) if mesh_axes else x
+
+
+def own_slice(x: jax.Array, logical: str, *, axis: int) -> jax.Array:
+    """Inside `local`: of an `x` that is whole, this device's piece of `axis`, cut as `logical`.
+
+    Outside it is `x` itself.
+    """
+    mesh_axes = () if active() else cut(*RULES[logical])
+    if not mesh_axes:
+        return x
+    size = x.shape[axis] // math.prod(axis_size(name) for name in mesh_axes)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(mesh_axes) * size, size, axis)
 
 
 def largest(x: jax.Array, *mesh_axes: str) -> jax.Array:

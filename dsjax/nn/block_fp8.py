@@ -52,7 +52,7 @@ class BlockFp8:
 
         if not sharding.active():
             return product(x, w)
-        x_spec, w_spec = (jax.typeof(one).sharding.spec for one in (x, w))
+        x_spec, w_spec = sharding.held(x), sharding.held(w)
         out = jax.P(*x_spec[:rows], *w_spec[inner:]) if axes is None else sharding.spec(*axes)
         return sharding.local(
             lambda x, w: sharding.completed(product(x, w), jax.P(*w_spec[:inner]), out),
@@ -73,7 +73,7 @@ class BlockFp8:
 
         if not sharding.active():
             return product(x, w.matrices())
-        x_spec = jax.typeof(x).sharding.spec
+        x_spec = sharding.held(x)
         over = jax.P(*x_spec[:rows], *(None,) * inner)
         y = sharding.local(
             product,
@@ -83,7 +83,7 @@ class BlockFp8:
         return y if axes is None else sharding.reshard(y, *axes)
 
     def swiglu(self, gate, up):
-        spec = jax.typeof(gate).sharding.spec
+        spec = sharding.held(gate)
         return sharding.local(_swiglu, in_specs=(spec, spec), out_specs=spec)(gate, up)
 
     def grouped(self, x_UD, w_EDX, size_E):

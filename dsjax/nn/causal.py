@@ -1,47 +1,45 @@
 """Attention of packed rows over themselves: the best that there is for the chip and the shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsjax import sharding
 from dsjax.nn import masks
 from dsjax.nn.attend import attend
+from dsjax.nn.context import Core, over_rows
 from dsjax.nn.masks import Places
 
 
 def causal(
     queries: Sequence[Float[Array, "B T N _"]],
-    keys: Sequence[Float[Array, "B S *_"]],
-    values: Float[Array, "B S N _"],
+    tokens: Sequence[Float[Array, "B T *_"]],
+    weights: Any,
+    unfold: Callable[..., tuple[Sequence[Array], Array]],
     places: Places,
     *,
     scale: float,
 ) -> Float[Array, "B T N _"]:
     """softmax(scale * sum_i queries_i . keys_i) values, over earlier tokens of the same document.
 
-    A key without heads is shared by all. Keys and values lie in sequence, whole rows of them.
+    `keys, values = unfold(tokens, weights)`: [B, S, N, X], or [B, S, X] for a key that all heads
+    share. See `dsjax.nn.context` for what lies where.
     """
+    core = _core(queries[0].shape, places, scale)
+    in_zigzag = places.index_BT is not None
+    return over_rows(core, queries, tokens, weights, unfold, in_zigzag=in_zigzag)
+
+
+def _core(shape: tuple[int, ...], places: Places, scale: float) -> Core:
     if sharding.platform() == "tpu":
         from dsjax.nn import splash
 
-        if splash.fits(queries[0].shape[1], sharding.axis_size("context")):
-            shape = values.shape[:-1]
-            wide = [
-                key if key.ndim == 4 else jnp.broadcast_to(key[:, :, None], (*shape, key.shape[-1]))
-                for key in keys
-            ]
-            segments_BT = places.segments_BT
-            if segments_BT is None:
-                segments_BT = jnp.zeros_like(places.positions_BT)
-            return splash.splash(
-                jnp.concatenate(queries, axis=-1),
-                jnp.concatenate([sharding.reshard(key, *splash.KEYS) for key in wide], axis=-1),
-                values,
-                segments_BT,
-                masks.whole_rows(segments_BT, places),
-                scale=scale,
-                in_zigzag=places.index_BT is not None,
-            )
-    return attend(queries, keys, values, masks.within_rows(places), scale=scale)
+        if splash.fits(shape[1], sharding.axis_size("context")):
+            return splash.core(shape, places, scale=scale)
+    seen = masks.within_rows(places)
+
+    def plain(queries, keys, values, seen):
+        return attend(queries, keys, values, seen, scale=scale)
+
+    return Core(plain, seen, seen.specs(), checked=True)

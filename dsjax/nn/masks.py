@@ -29,6 +29,21 @@ class Visibility(NamedTuple):
     query_segment_BT: Int[Array, "B T"] | None = None
     key_segment_BS: Int[Array, "B S"] | None = None
 
+    def specs(self) -> "Visibility":
+        """How they lie on the mesh: queries cut like the rows that they come from, keys whole."""
+
+        def spec(x_BX, length: str | None):
+            if x_BX is None:
+                return None
+            return sharding.spec("batch" if len(x_BX) > 1 else None, length)
+
+        return Visibility(
+            spec(self.query_BT, "length"),
+            spec(self.key_BS, None),
+            spec(self.query_segment_BT, "length"),
+            spec(self.key_segment_BS, None),
+        )
+
     def matrix(self) -> Bool[Array, "#B T S"]:
         """True where query t may look at key s."""
         seen = self.query_BT[:, :, None] >= self.key_BS[:, None, :]

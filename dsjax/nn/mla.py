@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax import sharding
-from dsjax.block_scaled import whole
+from dsjax.block_scaled import BlockScaled, whole
 from dsjax.config import Mla
 from dsjax.nn import masks, rope
 from dsjax.nn.attend import attend
@@ -117,10 +117,14 @@ class MlaAttention(nnx.Module):
         ]
 
         if cache is None:
-            # Under context parallelism this gathers C + R numbers per token, not keys and values.
-            latent_BSC = masks.whole_rows(latent_BTC, places)
-            rope_BSR = masks.whole_rows(rope_BTR, places)
-            out_BTNW = self.expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, places, causal)
+            out_BTNW = causal(
+                (q_nope_BTNH, q_rope_BTNR),
+                (latent_BTC, rope_BTR),
+                self.kv_b_proj[...],
+                self._unfolded,
+                places,
+                scale=self.scale,
+            )
         else:
             cache = _write(cache, latent_BTC, rope_BTR, places.positions_BT[:, 0])
             visibility = masks.over_cache(places, cache.latent_BSC.shape[1])
@@ -141,25 +145,27 @@ class MlaAttention(nnx.Module):
         head = self.config.qk_nope_head_dim + value
         return num_queries * (2 * rank - head) <= rank * head
 
-    def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen, attention=attend):
-        """Multi-head `attention` over keys and values unfolded from the latents: [B, T, N, W]."""
+    def _unfolded(self, tokens, up_CNX):
+        """Keys and values of latents [B, S, C] and rotated keys [B, S, R]; these stay shared."""
+        latent_BSC, rope_BSR = tokens
         nope = self.config.qk_nope_head_dim
-        keys_values_BSNX = products.value.einsum("BSC,CNX->BSNX", latent_BSC, self.kv_b_proj[...])
-        return attention(
-            (q_nope_BTNH, q_rope_BTNR),
-            (keys_values_BSNX[..., :nope], rope_BSR),
-            keys_values_BSNX[..., nope:],
-            seen,
-            scale=self.scale,
-        )
+        keys_values_BSNX = products.value.einsum("BSC,CNX->BSNX", latent_BSC, up_CNX)
+        if isinstance(up_CNX, BlockScaled):
+            keys_values_BSNX = sharding.own_slice(keys_values_BSNX, "heads", axis=2)
+        return (keys_values_BSNX[..., :nope], rope_BSR), keys_values_BSNX[..., nope:]
 
-    def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen, attention=attend):
+    def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen):
+        """Multi-head attention over keys and values unfolded from the latents: [B, T, N, W]."""
+        keys, values = self._unfolded((latent_BSC, rope_BSR), self.kv_b_proj[...])
+        return attend((q_nope_BTNH, q_rope_BTNR), keys, values, seen, scale=self.scale)
+
+    def absorbed(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen):
         """The same with W_UK folded into the query and W_UV into the output: [B, T, N, W]."""
         nope = self.config.qk_nope_head_dim
         up_CNX = whole(self.kv_b_proj[...], latent_BSC.dtype)
         up_key_CNH, up_value_CNW = up_CNX[..., :nope], up_CNX[..., nope:]
         q_latent_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, up_key_CNH)
-        out_BTNC = attention(
+        out_BTNC = attend(
             (q_latent_BTNC, q_rope_BTNR),
             (latent_BSC, rope_BSR),
             latent_BSC,

@@ -8,49 +8,58 @@ import numpy as np
 import pytest
 
 from dsjax import sharding
-from dsjax.nn import masks, splash, zigzag
+from dsjax.nn import context, masks, splash, zigzag
 from dsjax.nn.attend import attend
 from dsjax.nn.masks import Places
 from tests.tolerance import rel_err
 
-B, N, X, W = 2, 2, 24, 16
+# Heads, latent, width of a head's key, of the key that heads share, of a value.
+B, N, C, H, R, W = 2, 2, 12, 16, 8, 16
 SCALE = 0.3
 pytestmark = pytest.mark.usefixtures("uncached")
 
 
 def inputs(length: int, seed: int):
+    """Queries, latents and shared keys, the weight that unfolds, a direction for the gradient."""
     rng = np.random.default_rng(seed)
-    shapes = [(B, length, N, X), (B, length, N, X), (B, length, N, W), (B, length, N, W)]
-    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    shapes = [(B, length, N, H + R), (B, length, C), (B, length, R), (C, N, H + W)]
+    shapes.append((B, length, N, W))
+    arrays = [jnp.asarray(rng.standard_normal(shape) * 0.5, jnp.float32) for shape in shapes]
     segments_BT = np.sort(rng.integers(1, 4, (B, length)), axis=1).astype(np.int32)
     segments_BT[1, -9:] = 0
     return arrays, jnp.asarray(segments_BT)
 
 
-def plain(query, key, value, along, segments_BT):
+def unfold(tokens, up_CNX):
+    latent_BSC, rope_BSR = tokens
+    both = jnp.einsum("BSC,CNX->BSNX", latent_BSC, up_CNX)
+    return (both[..., :H], rope_BSR), both[..., H:]
+
+
+def plain(query, latent, rope, up, along, segments_BT):
     with jax.default_matmul_precision("highest"):
-        places = Places(segments_BT, segments_BT)
-        out = attend((query,), (key,), value, masks.within_rows(places), scale=SCALE)
+        keys, value = unfold((latent, rope), up)
+        seen = masks.within_rows(Places(segments_BT, segments_BT))
+        out = attend((query[..., :H], query[..., H:]), keys, value, seen, scale=SCALE)
         return (out * along).sum(), out
 
 
-def ours(query, key, value, along, segments_BT, *, in_zigzag: bool):
+def ours(query, latent, rope, up, along, segments_BT, *, in_zigzag: bool):
     parts = sharding.axis_size("context")
+    pieces = query, latent, rope, along, segments_BT
     if in_zigzag:
-        query, along, queries_BT = (zigzag.lay_out(x, parts) for x in (query, along, segments_BT))
-    else:
-        queries_BT = segments_BT
-    query, along = (sharding.reshard(x, *splash.QUERIES) for x in (query, along))
-    key, value = (sharding.reshard(x, *splash.KEYS) for x in (key, value))
-    out = splash.splash(
-        query,
-        key,
-        value,
-        sharding.reshard(queries_BT, "batch", "length"),
-        sharding.reshard(segments_BT, "batch", None),
-        scale=SCALE,
+        pieces = [zigzag.lay_out(x, parts) for x in pieces]
+    *pieces, segments_BT = (sharding.reshard(x, *LIE[x.ndim]) for x in pieces)
+    query, latent, rope, along = pieces
+    places = Places(segments_BT, segments_BT, segments_BT if in_zigzag else None)
+    core = splash.core(query.shape, places, scale=SCALE, interpret=True)
+    out = context.over_rows(
+        core,
+        (query[..., :H], query[..., H:]),
+        (latent, rope),
+        sharding.reshard(up, None, "heads", None),
+        unfold,
         in_zigzag=in_zigzag,
-        interpret=True,
     )
     value = (out * along).sum()
     if in_zigzag:
@@ -58,14 +67,18 @@ def ours(query, key, value, along, segments_BT, *, in_zigzag: bool):
     return value, out
 
 
+# The logical axes of arrays with so many dimensions.
+LIE = {2: ("batch", "length"), 3: ("batch", "length", None), 4: context.QUERIES}
+
+
 def check(length: int, mesh: jax.sharding.Mesh, in_zigzag: bool, seed: int) -> None:
     arrays, segments_BT = inputs(length, seed)
-    expected = jax.jit(jax.grad(plain, argnums=(0, 1, 2), has_aux=True))(*arrays, segments_BT)
+    by = {"argnums": (0, 1, 2, 3), "has_aux": True}
+    expected = jax.jit(jax.grad(plain, **by))(*arrays, segments_BT)
     with jax.set_mesh(mesh):
-        function = jax.grad(
-            functools.partial(ours, in_zigzag=in_zigzag), argnums=(0, 1, 2), has_aux=True
+        found = jax.jit(jax.grad(functools.partial(ours, in_zigzag=in_zigzag), **by))(
+            *arrays, segments_BT
         )
-        found = jax.jit(function)(*arrays, segments_BT)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert rel_err(one, other) < 1e-5
 
