@@ -61,7 +61,7 @@ lint: $(INSTALLED) ## ruff: rules, then format
 bench: $(INSTALLED) $(ORACLE_INSTALLED) ## time a train step against transformers and torch
 	@$(PY) benchmarks/train_step.py $(ARGS)
 
-plan: $(TPU_INSTALLED) ## compile large recipes for chips that are not here (ARGS=tiny: small ones)
+plan: $(if $(filter gpu,$(ARGS)),$(AOT_INSTALLED),$(TPU_INSTALLED)) ## compile large recipes for absent TPUs (ARGS=gpu, ARGS=tiny)
 	@$(AOT_PY) benchmarks/plans.py $(ARGS)
 
 aot: $(AOT_INSTALLED) ## compile every kernel for H200 and TPUs, without one (6 GB, once)

@@ -1,9 +1,10 @@
-"""Recipes compiled for chips that are not here: `make plan`, or `make plan ARGS=tiny`.
+"""Recipes compiled for chips that are not here: `make plan`, or with ARGS=gpu or ARGS=tiny.
 
-    python benchmarks/plans.py [tiny] [WORD ...]
+    python benchmarks/plans.py [tiny|gpu] [whole] [WORD ...]
 
 Prints a Markdown table: for each recipe memory of a device as the compiler has it, FLOPs, bytes
-sent, and the least time of a step. WORDs choose among the recipes. Exit code 1 if one does not fit.
+sent, and the least time of a step. Without `gpu` for TPUs, `tiny`: a small V3 for each kind of
+TPU. WORDs choose among the recipes. Exit code 1 if one does not fit.
 All but the word `whole` stop at the plan of memory, before machine code is made: "compile" is the
 time until then.
 """
@@ -37,6 +38,11 @@ def v3(topology: str, number: int, *changes: str) -> Recipe:
     return Recipe("configs/v3.py", topology, (*WHOLE, *batch, *changes))
 
 
+def long(topology: str, length: int, number: int, *mesh: str) -> Recipe:
+    """V3's context extension: rows of `length` tokens, each over several chips."""
+    return v3(topology, number, f"batch.length={length}", *mesh)
+
+
 def lite(topology: str, number: int) -> Recipe:
     """V2-Lite, one sequence per chip."""
     changes = (*WHOLE, *rows(number, "size", "micro"), "mesh.expert=8")
@@ -59,10 +65,13 @@ LARGE = (
         "v5p:4x8x8",
         (*WHOLE, *rows(256, "size", "micro"), "mesh.expert=128", "mesh.fsdp=2"),
     ),
+    long("v5p:8x8x8", 32_768, 128, "mesh.expert=128", "mesh.context=4"),
+    long("v5p:8x8x16", 131_072, 32, "mesh.expert=32", "mesh.tensor=4", "mesh.context=8"),
     # FP32 moments, as the runs of others that are compared with.
     v3("v5p:8x8x8", 2 * 512, "mesh.expert=128", "optim.moments=fp32"),
     v3("v5p:4x8x8", 1 * 256, "mesh.expert=128", "optim.moments=fp32"),
 )
+GPU = (v3("h200:16x8", 128, "mesh.expert=128"), lite("h100:1x8", 8))
 TINY = tuple(
     Recipe("configs/tiny_v3.py", topology, ("precision=bf16", "mesh.expert=2"))
     for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -112,10 +121,9 @@ def in_a_process(recipe: Recipe, is_whole: bool) -> tuple[str, bool]:
 def main(arguments: Sequence[str]) -> int:
     from dsjax.plan import table
 
-    is_tiny = "tiny" in arguments
     is_whole = "whole" in arguments
-    words = [word for word in arguments if word not in ("tiny", "whole")]
-    recipes = TINY if is_tiny else LARGE
+    words = [word for word in arguments if word not in ("tiny", "gpu", "whole")]
+    recipes = TINY if "tiny" in arguments else GPU if "gpu" in arguments else LARGE
     chosen = [one for one in recipes if all(word in str(one) for word in words)]
     if not chosen:
         print(f"no recipe has {' and '.join(words)} in it; there are:")

@@ -1,5 +1,6 @@
 """Next-token and multi-token cross-entropy over packed rows, without ever forming all logits."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,25 +84,30 @@ def cross_entropy(
     """
     hidden_BTD = sharding.reshard(hidden_BTD, "batch", "length", None)
     wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
-    # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
-    head_DV = sharding.reshard(head_DV, None, "vocab").astype(wide)
+    head_DV = sharding.reshard(head_DV, "embed", "vocab")
     rows = sharding.spec("batch", "length")
     summed = sharding.local(
-        _cross_entropy,
-        in_specs=(sharding.spec("batch", "length", None), sharding.spec(None, "vocab"), rows, rows),
+        functools.partial(_cross_entropy, wide),
+        in_specs=(
+            *(sharding.spec("batch", "length", None), sharding.spec("embed", "vocab")),
+            *(rows, rows),
+        ),
         out_specs=(jax.P(), jax.P()),
     )
     return summed(hidden_BTD, head_DV, targets_BT, valid_BT)
 
 
-def _cross_entropy(hidden_BTD, head_DV, targets_BT, valid_BT):
+def _cross_entropy(wide, hidden_BTD, head_DV, targets_BT, valid_BT):
     """On one device: its tokens, its part of the vocabulary."""
-    vocab_axes = sharding.RULES["vocab"]
+    vocab_axes, head_axes = sharding.RULES["vocab"], sharding.RULES["embed"]
     first = jax.lax.axis_index(sharding.cut(*vocab_axes)) if sharding.cut(*vocab_axes) else 0
     vocab = first * head_DV.shape[1] + jnp.arange(head_DV.shape[1], dtype=jnp.int32)[None, None]
     # Here and not block by block are the gradients summed: the head's over tokens, the tokens' over
     # parts of the vocabulary.
-    head_DV = sharding.varying(head_DV, *sharding.TOKEN_AXES)
+    head_DV = sharding.gathered(head_DV, *head_axes, axis=0)
+    others = (axis for axis in sharding.TOKEN_AXES if axis not in head_axes)
+    # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
+    head_DV = sharding.varying(head_DV, *others).astype(wide)
     hidden_BTD = sharding.varying(hidden_BTD, *vocab_axes)
     blocks = equal_parts(hidden_BTD.shape[1], at_most=TOKEN_BLOCK, least=2)
 

@@ -63,7 +63,7 @@ def _rows(table_VD, tokens_BT, *, by: tuple[str, ...], tokens_by: tuple[str, ...
     """
     if not by:
         return table_VD[tokens_BT]
-    everyones_BT = jax.lax.all_gather(tokens_BT, by, axis=0, tiled=True)
+    everyones_BT = sharding.gathered(tokens_BT, *by, axis=0)
     table_VD = sharding.varying(table_VD, *(axis for axis in tokens_by if axis not in by))
     return jax.lax.all_to_all(table_VD[everyones_BT], by, split_axis=0, concat_axis=2, tiled=True)
 

@@ -9,6 +9,7 @@ expert. Everything here also works without a mesh: then it does nothing, so a mo
 in a notebook like a function.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "experts": ("expert", "tensor"),
 }
 GATHERED = frozenset({"embed", "expert_embed"})
+
+# libtpu 0.0.50 makes an all-gather over all three dimensions of a torus an all-reduce of one piece
+# among zeros: twice the bytes, nothing beside it, seconds to compile. Gathered along one dimension
+# first and then over the other two, it stays an all-gather. (2026-11)
+TORUS = frozenset({"TPU v4", "TPU v5", "TPU v5p", "TPU7x"})
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,19 @@ def held(x: jax.Array) -> P:
     return jax.typeof(x).sharding.spec
 
 
+def weights_held(module):
+    """How every weight of a module lies that is put into `local`, in the module's structure."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        # Several arrays in one, as FP8 checkpoints have them, lie alike.
+        return variable.replace(
+            held(value) if isinstance(value, jax.Array) else compute_spec(variable)
+        )
+
+    return jax.tree.map(one, module, is_leaf=is_variable)
+
+
 def local(function: Callable, in_specs, out_specs, *, checked: bool = True) -> Callable:
     """`function` on each device's own piece (`jax.shard_map`); itself without a mesh, or inside.
 
@@ -201,8 +220,37 @@ def gathered(x: jax.Array, *mesh_axes: str, axis: int) -> jax.Array:
 
     Backward a device gets the sum of what all have for its piece (a reduce-scatter).
     """
-    mesh_axes = cut(*mesh_axes)
-    return jax.lax.all_gather(x, mesh_axes, axis=axis, tiled=True) if mesh_axes else x
+    if mesh_axes := cut(*mesh_axes):
+        for stage in _stages(mesh_axes):
+            x = jax.lax.all_gather(x, mesh_axes, axis=axis, tiled=True, axis_index_groups=stage)
+    return x
+
+
+def scattered(x: jax.Array, *mesh_axes: str, axis: int) -> jax.Array:
+    """Inside `local`: this device's piece along `axis` of the sum over `mesh_axes`."""
+    if mesh_axes := cut(*mesh_axes):
+        for stage in reversed(_stages(mesh_axes)):
+            x = jax.lax.psum_scatter(
+                x, mesh_axes, scatter_dimension=axis, tiled=True, axis_index_groups=stage
+            )
+    return x
+
+
+def _stages(mesh_axes: tuple[str, ...]) -> list[list[list[int]] | None]:
+    """Who gathers with whom, and then with whom else; [None]: all at once."""
+    near = _first_stage(mesh_axes)
+    if near == 1:
+        return [None]
+    places = np.arange(math.prod(map(axis_size, mesh_axes))).reshape(-1, near)
+    return [places.tolist(), places.T.tolist()]
+
+
+def _first_stage(mesh_axes: tuple[str, ...]) -> int:
+    """How many neighbours gather before all devices along `mesh_axes` do; 1: all at once."""
+    size = math.prod(axis_size(name) for name in mesh_axes)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_torus = device is not None and device.device_kind in TORUS
+    return 8 if on_torus and size >= 64 and size % 8 == 0 else 1
 
 
 def own_slice(x: jax.Array, logical: str, *, axis: int) -> jax.Array:
@@ -228,15 +276,15 @@ def completed(y: jax.Array, parts: P, laid_out: P) -> jax.Array:
 
     Along a dimension that `laid_out` cuts over those axes, a device gets its own part of the sum.
     """
-    missing = {name for names in parts for name in _names(names)}
-    for dim, names in enumerate(laid_out):
-        if here := tuple(name for name in _names(names) if name in missing):
+    missing = {name for entry in parts for name in axes_of(entry)}
+    for dim, entry in enumerate(laid_out):
+        if here := tuple(name for name in axes_of(entry) if name in missing):
             y = jax.lax.psum_scatter(y, here, scatter_dimension=dim, tiled=True)
             missing -= set(here)
     return jax.lax.psum(y, tuple(missing)) if missing else y
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
@@ -262,14 +310,55 @@ def compute_spec(variable: nnx.Variable) -> P:
 
 
 def unshard(module):
-    """Gathers a layer's weights (backward: reduce-scatters their gradients)."""
+    """Gathers a layer's weights; backward each device keeps its piece of their gradients' sum.
+
+    What is gathered is `reduced` in jax's terms: its gradient is what each device has, `unreduced`,
+    until the one reduce-scatter here.
+    """
     if not active():
         return module
-    return jax.tree.map(
-        lambda v: v.replace(jax.reshard(v.get_value(), compute_spec(v))),
-        module,
-        is_leaf=is_variable,
-    )
+    return jax.tree.map(_unsharded, module, is_leaf=is_variable)
+
+
+def _unsharded(variable: nnx.Variable) -> nnx.Variable:
+    where = compute_spec(variable)
+    gathered_along = [axis for axis, name in enumerate(_axes(variable)) if name in GATHERED]
+    (axis,) = gathered_along or (None,)
+    by = () if axis is None else cut(*RULES[_axes(variable)[axis]])
+    # With `tensor` inputs and gradients of outputs lie differently, and jax then asks for the sum.
+    if not by or cut("tensor"):
+        return variable.replace(jax.reshard(variable.get_value(), where))
+    used_by = {name for entry in where for name in axes_of(entry)}
+    summed_over = tuple(name for name in cut(*TOKEN_AXES) if name not in used_by)
+    return variable.replace(_joined(variable.get_value(), axis, by, where, summed_over))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _joined(x, axis: int, by: tuple[str, ...], where: P, summed_over: tuple[str, ...]):
+    whole = jax.shard_map(
+        lambda x: gathered(x, *by, axis=axis), in_specs=held(x), out_specs=where, check_vma=False
+    )(x)
+    return jax.reshard(whole, P(*where, reduced=frozenset(summed_over)))
+
+
+def _pieces(axis, by, where, summed_over, _, grad):
+    def on_device(grad):
+        return summed(
+            scattered(grad, *by, axis=axis), *(name for name in summed_over if name not in by)
+        )
+
+    before = list(where)
+    before[axis] = (*axes_of(before[axis]), *by)
+    piece = jax.shard_map(
+        on_device,
+        in_specs=P(*where, unreduced=frozenset(summed_over)),
+        out_specs=P(*before),
+        check_vma=False,
+    )(grad)
+    return (piece,)
+
+
+_joined.defvjp(lambda x, *how: (_joined(x, *how), None), _pieces)
 
 
 def shardings(module, mesh: jax.sharding.Mesh):
@@ -281,7 +370,7 @@ def shardings(module, mesh: jax.sharding.Mesh):
     def one(path, variable: nnx.Variable):
         partition = stored_spec(variable, mesh)
         for size, names in zip(variable.get_value().shape, partition, strict=True):
-            names = _names(names)
+            names = axes_of(names)
             parts = math.prod(mesh.shape[name] for name in names)
             if size % parts:
                 raise ValueError(

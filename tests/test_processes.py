@@ -18,13 +18,16 @@ from dsjax.train_step import init_state, make_init, state_shardings
 from tests.launched import ROOT, Ended, Launched, records
 
 SMALL = "tests/small_run.py"
+EXPERTS = "tests/micro_run.py"
 ENDLESS = "steps=100000"
 # Sums over devices of one process and over those of several are taken in another order.
 RELATIVE = 1e-6
 
 
-def train(run_dir: Path, *overrides: str, count: int, devices: int) -> Launched:
-    command = ["train.py", SMALL, f"run_dir={run_dir}", *overrides]
+def train(
+    run_dir: Path, *overrides: str, count: int, devices: int, config: str = SMALL
+) -> Launched:
+    command = ["train.py", config, f"run_dir={run_dir}", *overrides]
     return Launched(run_dir.with_name("told"), command, count=count, devices=devices)
 
 
@@ -89,6 +92,22 @@ def test_the_losses_are_those_of_one_process(run_dir, finished, tmp_path):
     np.testing.assert_allclose(
         ours[-1]["held_out_loss"], theirs[-1]["held_out_loss"], rtol=RELATIVE
     )
+
+
+@pytest.mark.thorough
+def test_experts_on_two_processes_are_those_of_one(tmp_path):
+    """Rows travel to experts of the other process; latents along `context` within each."""
+    logs = []
+    for count in (2, 1):
+        run_dir = tmp_path / str(count) / "run"
+        asked = ["steps=3", "mesh.expert=2", "mesh.context=2"]
+        launched = train(run_dir, *asked, count=count, devices=4 // count, config=EXPERTS)
+        ended = launched.ended(480)
+        assert [one.code for one in ended] == [0] * count, [e.errors[-2000:] for e in ended]
+        logs.append(records(run_dir))
+    for ours, theirs in zip(*logs, strict=True):
+        for name in ("loss", "mtp1_loss", "grad_norm", "load_max_over_mean"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=10 * RELATIVE, err_msg=name)
 
 
 def test_only_the_first_process_writes_and_prints(run_dir, finished):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsjax import losses, sharding
 from dsjax.config import Model, SoftmaxRouter
 from dsjax.model import abstract
-from dsjax.params import RouterBias
+from dsjax.params import RouterBias, normal
 from dsjax.plan.counting import count
 from dsjax.run import LearningRate, MeshShape, Optim, Run
 from dsjax.train_step import make_train_step, state_shardings
@@ -100,7 +101,8 @@ def compare_a_step(model: Model, mesh: dict[str, int]) -> None:
 
 def check_traffic(program: str, model: Model, *, by_experts: bool) -> None:
     """ZeRO-3's promise: weights are gathered for forward and for backward, their gradients summed
-    once; of the embedding only tokens are gathered, and experts stay where they are by `expert`.
+    once, each device's piece of them; of the embedding only tokens are gathered, and experts stay
+    where they are by `expert`.
     """
     cut = {"embed"} if by_experts else {"embed", "expert_embed"}
 
@@ -122,10 +124,12 @@ def check_traffic(program: str, model: Model, *, by_experts: bool) -> None:
     # MTP's embedding is computed again in backward.
     gathered = sum(2 * size(layer, is_cut) for layer in layers) + head + (2 * depths - 1) * tokens
     assert sent["all-gather"].payload == gathered
-    summed = size(layers, is_summed) + size(weights.norm) + depths * head
+    scattered = size(layers, is_cut) + depths * head
+    # By `expert`, the results of experts besides.
+    assert sent["reduce-scatter"].payload == scattered or by_experts
+    summed = size(layers, lambda v: is_summed(v) and not is_cut(v)) + size(weights.norm)
     # And some numbers: losses, loads, norms of the gradients.
     assert 0 <= sent["all-reduce"].payload - summed < 400
-    assert "reduce-scatter" not in sent or by_experts
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,50 @@ def test_one_device_needs_no_collective():
     text = lowered.as_text()
     assert "dot_general" in text
     assert not re.search("all_reduce|all_gather|reduce_scatter|all_to_all|collective_permute", text)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_gathered_in_stages_and_its_gradient(stage, axis, monkeypatch):
+    monkeypatch.setattr(sharding, "_first_stage", lambda mesh_axes: stage)
+    axes = ("embed", None) if axis == 0 else (None, "embed")
+    weight = normal(nnx.Rngs(0), (16, 24), axes, std=1.0)
+    w_XY = np.asarray(weight[...])
+    # What every row adds to the gradient: rows lie on different devices.
+    along_BXY = np.random.default_rng(SEED).standard_normal((8, 16, 24)).astype(np.float32)
+
+    def loss(weight, along_BXY):
+        whole_XY = sharding.unshard(weight)[...]
+        return jnp.einsum("BXY,XY->B", along_BXY, whole_XY).sum()
+
+    mesh = sharding.make_mesh(data=2, fsdp=2, expert=2)
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(weight, sharding.shardings(weight, mesh))
+        along = sharding.reshard(jnp.asarray(along_BXY), "batch", None, None)
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(weight, along).compile()
+        value, grad = compiled(weight, along)
+    np.testing.assert_allclose(value, (along_BXY * w_XY).sum(dtype=np.float64), rtol=1e-5)
+    np.testing.assert_allclose(grad[...], along_BXY.sum(0), rtol=1e-5, atol=1e-5)
+    sent = count(compiled.as_text()).traffic
+    assert (sent["all-gather"].ops, sent["reduce-scatter"].ops) == (stage, stage)
+
+
+def test_where_gathers_go_in_stages():
+    """Along all of a torus of three dimensions, by what libtpu makes of it."""
+
+    def first_stage(kind: str, **axes: int) -> int:
+        device = jax.sharding.AbstractDevice(kind, num_cores=1, platform="tpu")
+        sizes = tuple(axes.get(name, 1) for name in sharding.AXES)
+        explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+        mesh = jax.sharding.AbstractMesh(
+            sizes, sharding.AXES, axis_types=explicit, abstract_device=device
+        )
+        with jax.sharding.use_abstract_mesh(mesh):
+            return sharding._first_stage(tuple(axes))
+
+    assert first_stage("TPU v5", expert=128) == first_stage("TPU7x", fsdp=2, expert=32) == 8
+    assert first_stage("TPU v5", expert=32) == 1
+    assert first_stage("TPU v5 lite", fsdp=128) == first_stage("NVIDIA H200", expert=128) == 1
 
 
 def test_helpers_do_nothing_without_a_mesh():

@@ -53,12 +53,15 @@ class BlockFp8:
         if not sharding.active():
             return product(x, w)
         x_spec, w_spec = sharding.held(x), sharding.held(w)
-        out = jax.P(*x_spec[:rows], *w_spec[inner:]) if axes is None else sharding.spec(*axes)
-        return sharding.local(
-            lambda x, w: sharding.completed(product(x, w), jax.P(*w_spec[:inner]), out),
-            in_specs=(x_spec, w_spec),
-            out_specs=out,
-        )(x, w)
+        inside, features = w_spec.partitions[:inner], w_spec.partitions[inner:]
+        out = jax.P(*x_spec[:rows], *features) if axes is None else sharding.spec(*axes)
+        tokens_by = {name for entry in x_spec[:rows] for name in sharding.axes_of(entry)}
+
+        def on_device(x, w):
+            y = product(x, sharding.varying(w, *tokens_by))
+            return sharding.completed(y, jax.P(*inside), out)
+
+        return sharding.local(on_device, in_specs=(x_spec, w_spec), out_specs=out)(x, w)
 
     def _stored(self, x, w: BlockScaled, rows: int, inner: int, axes):
         """`einsum` by a weight that every device has whole."""

@@ -4,7 +4,6 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -74,12 +73,12 @@ class MoeFfn(nnx.Module):
         """The layer's output and its statistics over the `counted_BT` tokens (padding is not)."""
         residual = sharding.residual(x_BTD.shape[1])
         tokens = sharding.spec("batch", residual)
-        weights = jax.tree.map(sharding.compute_spec, self.experts, is_leaf=sharding.is_variable)
+        weights = map(sharding.weights_held, (self.router, self.experts))
         routed = sharding.local(
             functools.partial(
                 _routed, length_axes=sharding.RULES[residual], fan_out=self._fan_out()
             ),
-            in_specs=(P(), weights, tokens, tokens),
+            in_specs=(*weights, tokens, tokens),
             out_specs=(tokens, MoeStats(P(), sharding.spec("batch"), P())),
         )
         x_BTD = sharding.reshard(x_BTD, "batch", residual, None)

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +27,24 @@ def fits(length: int, num_devices: int) -> bool:
     return length % (LANES * num_devices * num_devices) == 0
 
 
+class Causal(library.CausalMask):
+    """The library's mask; a block that is all visible or all hidden is known by its borders.
+
+    The library looks at every block before it compiles: 2 minutes for 131,072 tokens without this.
+    """
+
+    def __getitem__(self, index):
+        rows, columns = index
+        queries_T = self.q_sequence[rows]
+        first, past, _ = columns.indices(self.shape[1])
+        shape = len(queries_T), past - first
+        if queries_T.max() < first:
+            return np.zeros(shape, bool)
+        if queries_T.min() >= past - 1:
+            return np.ones(shape, bool)
+        return super().__getitem__(index)
+
+
 def core(
     shape: tuple[int, int, int, int], places: Places, *, scale: float, interpret: bool = False
 ) -> Core:
@@ -36,7 +55,7 @@ def core(
     """
     length, heads = shape[1:3]
     parts = sharding.axis_size("context")
-    mask = library.CausalMask((length, length), shard_count=parts)
+    mask = Causal((length, length), shard_count=parts)
     if places.index_BT is not None:
         mask.q_sequence = zigzag.order(length, parts).astype(mask.q_sequence.dtype)
     block = next(size for size in (BLOCK, 256, LANES) if length // parts % size == 0)

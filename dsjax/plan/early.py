@@ -16,6 +16,9 @@ import jax
 from dsjax.plan.buffers import Memory
 
 PROGRAM = "*after_optimizations.txt"
+# libtpu assigns buffers more than once, and writes the program again before and after all of it.
+BEFORE = "*after_optimizations_before_buffer_assignment.txt"
+AFTER = "*after_optimizations_after_buffer_assignment.txt"
 ALLOCATIONS = "*after_optimizations-buffer-assignment.txt"
 # Of the device's main memory: others have a color.
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(.*)", re.MULTILINE)
@@ -38,18 +41,23 @@ def planned(program: jax.stages.Lowered) -> tuple[str, Memory]:
     size, before = 0, -1
     while thread.is_alive() and not 0 < size == before:
         time.sleep(0.5)
-        size, before = sum(path.stat().st_size for path in Path(folder).glob(PROGRAM)), size
+        size, before = sum(path.stat().st_size for path in _last(Path(folder))), size
     try:
         if errors:
             raise errors[0]
         (text,), (allocations,) = (
-            [path.read_text() for path in Path(folder).glob(name)]
-            for name in (PROGRAM, ALLOCATIONS)
+            [path.read_text() for path in paths]
+            for paths in (_last(Path(folder)), Path(folder).glob(ALLOCATIONS))
         )
     finally:
         # Dumps of a large program take hundreds of megabytes.
         shutil.rmtree(folder, ignore_errors=True)
     return text, assigned(allocations)
+
+
+def _last(folder: Path) -> list[Path]:
+    """The file that a compiler writes last before machine code, or none yet."""
+    return list(folder.glob(AFTER if any(folder.glob(BEFORE)) else PROGRAM))
 
 
 def assigned(text: str) -> Memory:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as library
 
 from dsjax import sharding
 from dsjax.nn import context, masks, splash, zigzag
@@ -91,6 +92,19 @@ def test_values_and_gradients_of_packed_rows(seed):
 def test_rows_and_heads_cut_over_a_mesh(in_zigzag, seed):
     mesh = sharding.make_mesh(context=2, tensor=2, data=2)
     check(512, mesh, in_zigzag, seed)
+
+
+@pytest.mark.parametrize("in_zigzag", [False, True], ids=["in sequence", "in zigzag"])
+def test_blocks_of_the_mask_are_those_of_the_library(in_zigzag):
+    ours, theirs = splash.Causal((64, 64)), library.CausalMask((64, 64))
+    if in_zigzag:
+        ours.q_sequence = theirs.q_sequence = zigzag.order(64, 4).astype(np.int32)
+    counted = set()
+    for row, column in np.ndindex(16, 16):
+        block = slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
+        np.testing.assert_array_equal(ours[block], theirs[block])
+        counted.add(int(ours[block].sum()))
+    assert counted == {0, 10, 16}
 
 
 def test_which_lengths_fit():
