@@ -92,7 +92,8 @@ def generate(
     """The tokens that continue `prompt`, one by one; ends before the first of `eos_ids`.
 
     `num_tokens` counts the ids the tokenizer has (default: every vocabulary row). Use it inside
-    `jax.set_mesh` where the weights are sharded. ValueError for a prompt or setting out of range.
+    `jax.set_mesh` where the weights are sharded, best as `sharding.serving_shardings` has it.
+    ValueError for a prompt or setting out of range.
     """
     spec = model.config
     prompt = np.asarray(prompt, np.int32)

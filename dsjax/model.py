@@ -160,16 +160,17 @@ class Transformer(nnx.Module):
     def embedded(
         self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype | None = None
     ) -> Float[Array, "B T D"]:
-        """Rows of the embedding table, of which every device holds a slice of the columns.
+        """Rows of the embedding table, of which devices hold slices of the columns.
 
         The tokens are gathered and the rows sent home: the table itself never moves.
         """
         residual = sharding.residual(tokens_BT.shape[1])
         tokens_BT = sharding.reshard(tokens_BT, "batch", residual)
-        by, length_by = sharding.cut(*sharding.RULES["embed"]), sharding.RULES[residual]
+        lies, length_by = sharding.held(self.embed[...]), sharding.RULES[residual]
+        by = sharding.axes_of(lies[1]) if sharding.active() else ()
         rows = sharding.local(
             functools.partial(_rows, by=by, tokens_by=(*sharding.BATCH_AXES, *length_by)),
-            in_specs=(sharding.stored_spec(self.embed), sharding.spec("batch", residual)),
+            in_specs=(lies, sharding.spec("batch", residual)),
             out_specs=sharding.spec("batch", residual, None),
         )
         return rows(self.embed[...].astype(dtype or self.embed.dtype), tokens_BT)

@@ -304,9 +304,10 @@ def stored_spec(variable: nnx.Variable, mesh: jax.sharding.Mesh | None = None) -
     return spec(*_axes(variable), mesh=mesh)
 
 
-def compute_spec(variable: nnx.Variable) -> P:
+def compute_spec(variable: nnx.Variable, mesh: jax.sharding.Mesh | None = None) -> P:
     """Where a weight lies while it is used: no longer cut as ZeRO-3 cuts it."""
-    return spec(*(None if axis in GATHERED else axis for axis in _axes(variable)))
+    axes = (None if axis in GATHERED else axis for axis in _axes(variable))
+    return spec(*axes, mesh=mesh)
 
 
 def unshard(module):
@@ -321,16 +322,15 @@ def unshard(module):
 
 
 def _unsharded(variable: nnx.Variable) -> nnx.Variable:
-    where = compute_spec(variable)
-    gathered_along = [axis for axis, name in enumerate(_axes(variable)) if name in GATHERED]
-    (axis,) = gathered_along or (None,)
-    by = () if axis is None else cut(*RULES[_axes(variable)[axis]])
+    where, value = compute_spec(variable), variable.get_value()
+    cuts = [axis for axis, name in enumerate(_axes(variable)) if name in GATHERED]
+    by = axes_of(held(value)[cuts[0]]) if cuts else ()
     # With `tensor` inputs and gradients of outputs lie differently, and jax then asks for the sum.
     if not by or cut("tensor"):
-        return variable.replace(jax.reshard(variable.get_value(), where))
+        return variable.replace(jax.reshard(value, where))
     used_by = {name for entry in where for name in axes_of(entry)}
     summed_over = tuple(name for name in cut(*TOKEN_AXES) if name not in used_by)
-    return variable.replace(_joined(variable.get_value(), axis, by, where, summed_over))
+    return variable.replace(_joined(value, cuts[0], by, where, summed_over))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
@@ -366,9 +366,20 @@ def shardings(module, mesh: jax.sharding.Mesh):
 
     Raises ValueError naming the weight whose dimension does not divide over its mesh axis.
     """
+    return _placed(module, mesh, stored_spec)
 
+
+def serving_shardings(module, mesh: jax.sharding.Mesh):
+    """As `shardings`, for generation: weights lie as they are used, none is gathered for a token.
+
+    Only `expert` and `tensor` cut weights; each device has all others whole.
+    """
+    return _placed(module, mesh, compute_spec)
+
+
+def _placed(module, mesh: jax.sharding.Mesh, spec_of: Callable):
     def one(path, variable: nnx.Variable):
-        partition = stored_spec(variable, mesh)
+        partition = spec_of(variable, mesh)
         for size, names in zip(variable.get_value().shape, partition, strict=True):
             names = axes_of(names)
             parts = math.prod(mesh.shape[name] for name in names)

@@ -127,13 +127,17 @@ def test_the_seed_decides():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "expert": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "expert": 2}]
+)
 def test_a_mesh_says_the_same(axes: dict, golden_dir: Path):
     plain = list(generate(from_pretrained(golden_dir / "v3"), [3, 1, 4], max_new_tokens=4))
     mesh = sharding.make_mesh(**axes)
     with jax.set_mesh(mesh):
         model = from_pretrained(golden_dir / "v3", mesh=mesh)
-        assert plain == list(generate(model, [3, 1, 4], max_new_tokens=4))
+        for places in (sharding.shardings, sharding.serving_shardings):
+            model = jax.device_put(model, places(model, mesh))
+            assert plain == list(generate(model, [3, 1, 4], max_new_tokens=4))
 
 
 def drawn(probabilities: list[float], *, temperature: float = 1.0, top_p: float = 1.0, **more):

@@ -36,7 +36,7 @@ MODEL = Model(
 # One FP32 number for each of 8 x 16 tokens.
 EACH = 4 * 8 * 16
 
-pytestmark = pytest.mark.usefixtures("uncached")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("uncached")]
 
 
 def sent(**axes: int):

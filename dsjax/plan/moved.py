@@ -55,16 +55,12 @@ def _fusion(
     fusion: Instruction, within: Computation, module: Module, in_memory: Callable[[Array], float]
 ) -> float:
     inner = module.computations[fusion.called["calls"]]
-    users: dict[str, list[Instruction]] = {}
-    for instruction in inner.instructions.values():
-        for operand in instruction.operands:
-            users.setdefault(operand, []).append(instruction)
     total = 0.0
     for instruction in inner.instructions.values():
         if instruction.opcode == "parameter":
             outer = within.instructions[fusion.operands[int(instruction.inside)]]
             whole = math.fsum(map(in_memory, outer.arrays))
-            total += min(whole, _read(instruction.name, users, inner)) if whole else 0.0
+            total += min(whole, _read(instruction.name, inner, module)) if whole else 0.0
     roots = [inner.instructions[inner.root]]
     if roots[0].opcode == "tuple":
         roots = [inner.instructions[name] for name in roots[0].operands]
@@ -73,12 +69,19 @@ def _fusion(
     return total
 
 
-def _read(name: str, users: dict[str, list[Instruction]], inner: Computation) -> float:
+def _read(name: str, inner: Computation, module: Module) -> float:
     """What the users of a fusion's operand read of it, infinite if one reads all."""
     total = 0.0
-    for user in users.get(name, []):
+    for user in inner.instructions.values():
+        if name not in user.operands:
+            continue
         if user.opcode == "bitcast":
-            total += _read(user.name, users, inner)
+            total += _read(user.name, inner, module)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"]]
+            for own in nested.instructions.values():
+                if own.opcode == "parameter" and user.operands[int(own.inside)] == name:
+                    total += _read(own.name, nested, module)
         elif user.opcode in SLICES and user.operands[0] == name:
             total += user.arrays[0].bytes
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:

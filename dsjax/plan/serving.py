@@ -47,7 +47,7 @@ def lowered(run: Run, phase: Phase, mesh: jax.sharding.Mesh) -> jax.stages.Lower
     with jax.set_mesh(mesh), layout:
         batches.check_rows(phase.rows, f"rows={phase.rows} do", "rows")
         check_mesh()
-        weights = laid_out(model, sharding.shardings(model, mesh))
+        weights = laid_out(model, sharding.serving_shardings(model, mesh))
         cache = jax.jit(lambda model: model.init_caches(phase.rows, phase.length)).eval_shape(
             weights
         )

@@ -29,7 +29,7 @@ RUN = dataclasses.replace(
 def test_arguments_are_weights_tokens_and_the_latent_cache(name, tokens):
     made = serving.compile_phase(RUN, Phase(name, rows=8, length=32), EIGHT, jax.devices())
     model = abstract(dataclasses.replace(RUN.model, mtp=()))
-    where = sharding.shardings(model, sharding.make_mesh(fsdp=4, expert=2))
+    where = sharding.serving_shardings(model, sharding.make_mesh(fsdp=4, expert=2))
     pairs = zip(
         jax.tree.leaves(model, is_leaf=sharding.is_variable),
         jax.tree.leaves(where, is_leaf=sharding.is_variable),
@@ -44,6 +44,9 @@ def test_arguments_are_weights_tokens_and_the_latent_cache(name, tokens):
     cache = 32 * (8 + 4) * 2 * RUN.model.num_layers
     assert made.memory.arguments == weights + cache + 4 * tokens + 4
     assert made.memory.aliased == cache
+    # No weight travels, only rows to experts, by the ring, and back.
+    sent = sum(its.payload for its in made.counts.traffic.values())
+    assert sent < weights / 10 or name == "prefill"
     assert made.title.startswith(name) and made.fits
 
 
