@@ -1,4 +1,10 @@
-"""Our side of `train_step.py`: the real train step of a run file's kind of run."""
+"""Our side of `train_step.py`: the real train step of a run file's kind of run.
+
+python benchmarks/dsjax_worker.py ROWS [AXIS=SIZE ...]     (a mesh of virtual devices)
+"""
+
+import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +53,17 @@ run = Run(
 )
 
 
-def main() -> None:
+def main(rows: str, *sizes: str) -> None:
     keep_freed_pages()
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    axes = {name: int(size) for name, size in (word.split("=") for word in sizes)}
+    jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
+    mesh = sharding.make_mesh(**axes)
     jax.set_mesh(mesh)
-    tokens = np.random.default_rng(0).integers(0, 512, (1, 4, 128), np.int32)
+    tokens = np.random.default_rng(0).integers(0, 512, (1, int(rows), 128), np.int32)
     positions = np.broadcast_to(np.arange(128, dtype=np.int32), tokens.shape)
-    batch = Batch(*(jnp.asarray(x) for x in (tokens, np.ones_like(tokens), positions)))
+    where = jax.NamedSharding(mesh, sharding.spec(None, "batch", "length"))
+    arrays = (tokens, np.ones_like(tokens), positions)
+    batch = Batch(*(jax.device_put(x, where) for x in arrays))
     states = [jax.jit(lambda: init_state(run), out_shardings=state_shardings(run, mesh))()]
     train_step = make_train_step(run)
 
@@ -67,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

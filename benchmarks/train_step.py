@@ -1,11 +1,14 @@
 """Times a train step on CPU against transformers + torch, same tiny model, taking turns.
 
     make bench            (or: python benchmarks/train_step.py --rounds 7)
+    make bench ARGS=--meshes
 
 Both sides: FP32, AdamW, batch 4 x 128 random tokens, two threads on two cores. Every contender is a
 process of its own that first compiles and warms up; then they take turns, a few steps each, so that
 a machine whose speed drifts slows them all alike. Ours also moves the router bias, adds the
-sequence-wise balance loss and clips gradients; the peers do none of these.
+sequence-wise balance loss and clips gradients; the peers do none of these. With `--meshes` our
+step alone, batch 8 x 128, on one device and on meshes of eight virtual ones, which share the cores:
+what a mesh costs, not what it would gain.
 """
 
 import argparse
@@ -20,8 +23,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ORACLE_PYTHON = HERE.parent / ".venv-oracle" / "bin" / "python"
-TOKENS = 4 * 128
+ROWS, MESH_ROWS, LENGTH = 4, 8, 128
 THREADS = 2
+MESHES = (
+    "data=1",
+    "data=8",
+    "fsdp=8",
+    "expert=8",
+    "tensor=8",
+    "context=8",
+    "data=2 fsdp=2 expert=2",
+    "expert=2 tensor=2 context=2",
+)
 
 PEERS = ("eager", "batched_mm", "grouped_mm", "grouped_mm+compile")
 
@@ -67,12 +80,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
     parser.add_argument("--peers", default=",".join(PEERS), help="which of them, or none")
+    parser.add_argument("--meshes", action="store_true", help="our step on meshes, without peers")
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
-    contenders = [Contender("dsjax", [sys.executable, str(HERE / "dsjax_worker.py")])]
-    peers = [peer for peer in options.peers.split(",") if peer and peer != "none"]
+    def ours(name: str, rows: int, *axes: str) -> Contender:
+        worker = [sys.executable, str(HERE / "dsjax_worker.py"), str(rows)]
+        return Contender(name, [*worker, *axes])
+
+    if options.meshes:
+        rows, peers = MESH_ROWS, []
+        contenders = [ours(mesh, rows, *mesh.split()) for mesh in MESHES]
+    else:
+        rows, contenders = ROWS, [ours("dsjax", ROWS)]
+        peers = [peer for peer in options.peers.split(",") if peer and peer != "none"]
     if peers and not ORACLE_PYTHON.is_file():
         raise SystemExit("the peers need .venv-oracle; make it with: make oracle")
     for peer in peers:
@@ -89,17 +111,17 @@ def main() -> None:
     print(f"command: {' '.join(sys.argv)}\n")
     print("| contender | tokens/s, median | fastest | slowest | first step s | peak MB | ratio |")
     print("|---|---|---|---|---|---|---|")
-    ours = statistics.median(contenders[0].seconds)
+    first_median = statistics.median(contenders[0].seconds)
     for contender in contenders:
         middle = statistics.median(contender.seconds)
-        rates = (TOKENS / t for t in (middle, min(contender.seconds), max(contender.seconds)))
+        seconds = middle, min(contender.seconds), max(contender.seconds)
+        rates = (rows * LENGTH / t for t in seconds)
         figures = " | ".join(f"{rate:,.0f}" for rate in rates)
         memory = contender.close()["peak_rss_mb"]
         first = contender.ready["first_step_s"]
-        print(
-            f"| {contender.name} | {figures} | {first:.1f} | {memory:,.0f} | {middle / ours:.2f} |"
-        )
-    print("\nratio: our tokens/s over theirs (medians of this run)")
+        cells = f"{first:.1f} | {memory:,.0f} | {middle / first_median:.2f}"
+        print(f"| {contender.name} | {figures} | {cells} |")
+    print(f"\nratio: tokens/s of {contenders[0].name} over each one's (medians of this run)")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,19 @@ def compare_a_step(model: Model, mesh: dict[str, int]) -> None:
     assert len(moved) == sum(".model" in p for p in known)
 
 
+def test_logits_of_rows_that_lie_in_sequence():
+    """As evaluation has them: cut over `context`, but not in zigzag."""
+    run = v3_run(drawn.model(repeat=1, mtp=0))
+    model, tokens = drawn.state(run, SEED).model, drawn.batch(1).tokens_BT[0]
+    expected = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    mesh = sharding.make_mesh(context=2, expert=4)
+    with jax.set_mesh(mesh):
+        model = jax.device_put(model, sharding.shardings(model, mesh))
+        tokens = sharding.reshard(tokens, "batch", "length")
+        found = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
+    assert rel_err(found, expected) < TOLERANCE["f32"]
+
+
 def check_traffic(program: str, model: Model, *, by_experts: bool) -> None:
     """ZeRO-3's promise: weights are gathered for forward and for backward, their gradients summed
     once, each device's piece of them; of the embedding only tokens are gathered, and experts stay

@@ -55,7 +55,8 @@ class Visibility(NamedTuple):
 def within_rows(places: Places) -> Visibility:
     """Every token of the rows is query and key; order is the place in the row."""
     index_1S = jnp.arange(places.positions_BT.shape[1], dtype=jnp.int32)[None]
-    query_BT = index_1S if places.index_BT is None else places.index_BT
+    in_sequence_1T = sharding.reshard(index_1S, None, "length")
+    query_BT = in_sequence_1T if places.index_BT is None else places.index_BT
     segments = places.segments_BT
     key_segments = None if segments is None else whole_rows(segments, places)
     return Visibility(query_BT, index_1S, segments, key_segments)
