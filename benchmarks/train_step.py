@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ORACLE_PYTHON = HERE.parent / ".venv-oracle" / "bin" / "python"
 ROWS, MESH_ROWS, LENGTH = 4, 8, 128
 THREADS = 2
-# Each compiles for a minute on two cores before the first turn.
+# Each compiles for half a minute on two cores before the first turn.
 MESHES = (
     "data=1",
     "fsdp=8",

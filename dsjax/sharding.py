@@ -1,6 +1,7 @@
 """The mesh: one, always whole, and the table from logical axis to mesh axes.
 
-Only this file and the per-device code of `nn/moe.py` name mesh axes.
+Only this file and what runs per device in `nn/moe.py`, `nn/dispatch`, `nn/context.py` and
+`nn/splash.py` name mesh axes.
 
 Weights are stored sharded over `fsdp` as well, those outside the experts over `expert` too
 (ZeRO-3), and gathered by `unshard`, one layer at a time, where they are used. Experts and attention
@@ -348,7 +349,7 @@ def _pieces(axis, by, where, summed_over, _, grad):
         )
 
     before = list(where)
-    before[axis] = (*axes_of(before[axis]), *by)
+    before[axis] = by
     piece = jax.shard_map(
         on_device,
         in_specs=P(*where, unreduced=frozenset(summed_over)),
