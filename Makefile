@@ -19,6 +19,10 @@ AOT_PY := $(AOT)/bin/python
 TPU_INSTALLED := $(AOT)/.installed-tpu
 AOT_INSTALLED := $(AOT)/.installed-all
 
+# Files one after the other, as tests/conftest.py has put them. A third worker for two cores, because
+# tests wait for processes that they have started.
+IN_TURN := -n 3 --dist loadfile --no-loadscope-reorder
+
 PYTHON ?=
 TORCH_INDEX ?=
 SEED ?=
@@ -39,10 +43,10 @@ train: $(INSTALLED) ## train configs/tiny.py (ARGS="seed=1 run_dir=runs/other" c
 	@$(PY) train.py configs/tiny.py $(ARGS)
 
 test: $(INSTALLED) ## the default suite: no network, no torch
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest $(IN_TURN) $(ARGS)
 
 thorough: $(INSTALLED) ## the default suite's slow companions: every mesh, transport and backend
-	@$(PY) -m pytest -n 2 --dist loadfile -m thorough $(ARGS)
+	@$(PY) -m pytest $(IN_TURN) -m thorough $(ARGS)
 
 parity: $(INSTALLED) $(ORACLE_INSTALLED) ## fresh goldens from transformers (SEED=7), same tests
 	@seed="$(SEED)"; seed=$${seed:-$$($(PY) -c 'import secrets; print(secrets.randbelow(2**31))')}; \

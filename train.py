@@ -12,18 +12,21 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsjax import batches, flops, metrics, processes, sharding
+from dsjax.batches import Evaluator
 from dsjax.checkpoint import Checkpoints
 from dsjax.data import Dataset, Row, RowIterator, merged, open_data
-from dsjax.guard import LossGuard
+from dsjax.data.documents import Unreadable, mending
+from dsjax.generate import generate
+from dsjax.guard import LossGuard, ways_out
 from dsjax.host_memory import keep_freed_pages
-from dsjax.model import Transformer
+from dsjax.model import Transformer, abstract
 from dsjax.nn.precision import PRECISIONS, products
 from dsjax.overrides import help_text
 from dsjax.params import cast, count
@@ -35,7 +38,6 @@ from dsjax.trace import StepTrace
 from dsjax.train_step import (
     TrainState,
     init_state,
-    make_eval_step,
     make_init,
     make_train_step,
     state_shardings,
@@ -51,34 +53,6 @@ class Stopped(Exception):
     """Training cannot go on, as all processes found; the message says why and what to do."""
 
 
-class Unreadable(Exception):
-    """Training cannot go on, as this process found: a document cannot be read."""
-
-
-class Evaluator:
-    """Held-out loss in nats per token and in bits per byte, always over the same rows."""
-
-    def __init__(self, run: Run, data: Dataset, mesh: jax.sharding.Mesh):
-        micro = run.batch.micro_size
-        self._rows = data.held_out_rows(run.evaluation.batches * micro)
-        self._run, self._mesh, self._step = run, mesh, make_eval_step(run)
-        self._bytes = batches.target_bytes(self._rows, data.tokenizer.bytes_per_token)
-
-    def __call__(self, model: Transformer) -> dict:
-        """The metrics, {} where nothing is held out."""
-        nats = targets = 0.0
-        for rows in batches.in_evaluation_batches(self._rows, self._run.batch):
-            batch = batches.evaluation_batch(rows, self._run.batch, self._mesh)
-            some_nats, some_targets = jax.device_get(self._step(model, batch))
-            nats, targets = nats + float(some_nats), targets + float(some_targets)
-        if not targets:
-            return {}
-        return {
-            "held_out_loss": nats / targets,
-            "held_out_bits_per_byte": nats / math.log(2) / self._bytes,
-        }
-
-
 def step_record(run: Run, step: int, values: dict, seconds: float, peak: float | None) -> dict:
     """The metrics line of a finished step. MFU: flops_per_token * tokens / seconds / peak."""
     loads = values.pop("loads")
@@ -91,16 +65,13 @@ def step_record(run: Run, step: int, values: dict, seconds: float, peak: float |
     return record if peak is None else record | {"mfu": per_token * rate / peak}
 
 
-def read(rows: RowIterator, run: Run, used: int, mesh: jax.sharding.Mesh) -> list[Row | None]:
-    """This process's rows of a step. Raises Unreadable for a document that cannot be read."""
-    try:
-        return batches.take(rows, run.batch, used, mesh)
-    except (ValueError, OSError) as error:
-        raise Unreadable(f"{error}\nMend the data; the same command continues then") from error
-
-
 def stop(
-    folder: RunFolder, step: int, complaint: str, rows: Sequence[Row | None], data: Dataset
+    folder: RunFolder,
+    step: int,
+    complaint: str,
+    rows: Sequence[Row | None],
+    data: Dataset,
+    advice: str,
 ) -> None:
     """Raises Stopped, after writing down which documents the batch came from."""
     found = processes.gathered(batches.provenance(rows, data.locate))
@@ -116,12 +87,7 @@ def stop(
         f"  row {s['row']}: {s['document']} tokens {s['tokens'][0]} to {s['tokens'][1]}"
         for s in sources[:8]
     )
-    raise Stopped(
-        f"step {step}: {complaint}.\nThe batch (all of it in {file}):\n{shown}\n"
-        "No checkpoint holds this step. Look at these documents; then continue with "
-        "a lower optim.learning_rate.peak or optim.clip_norm in a new run_dir, or, if a "
-        "spike is expected here, repeat the command with a higher guard.spike."
-    )
+    raise Stopped(f"step {step}: {complaint}.\nThe batch (all of it in {file}):\n{shown}\n{advice}")
 
 
 def check_sizes(run: Run) -> None:
@@ -132,13 +98,7 @@ def check_sizes(run: Run) -> None:
             "dispatch=ragged needs a collective that XLA has for TPU and GPU only; on CPU choose "
             "auto, ring or all_to_all"
         )
-    positions = run.model.max_position_embeddings
-    if max(run.batch.length, run.sample.max_new_tokens + len(run.sample.prompt) + 1) > positions:
-        raise ValueError(
-            f"batch.length={run.batch.length} and sample.max_new_tokens="
-            f"{run.sample.max_new_tokens} with its prompt must fit into "
-            f"model.max_position_embeddings={positions}"
-        )
+    batches.check_length(run.batch.length, "batch.length", run.model)
 
 
 class Setup(NamedTuple):
@@ -148,6 +108,7 @@ class Setup(NamedTuple):
     mesh: jax.sharding.Mesh
     data: Dataset
     rows: RowIterator
+    evaluate: Evaluator
     checkpoints: Checkpoints
     state: TrainState
     log: metrics.MetricsLog | None  # of the first process
@@ -179,7 +140,12 @@ def set_up(run: Run) -> Setup:
         check_sizes(run)
         placement = state_shardings(run, mesh)
         data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
-        rows, folder = data.train_rows(run.seed), RunFolder(run.run_dir)
+        evaluate, folder = Evaluator(run, data, mesh), RunFolder(run.run_dir)
+        # What `report` needs must not fail after all the training.
+        if processes.is_first():
+            data.bigram_bits_per_byte()
+        if sharding.axis_size("context") == 1:
+            continuation(run, abstract(run.model), data)
     # The same files, or else the processes would make rows of different runs.
     processes.check_equal("the data", data.source)
     if run.precision == "fp32":
@@ -191,24 +157,27 @@ def set_up(run: Run) -> Setup:
     with processes.together():
         folder.check_shared(run)
     checkpoints = Checkpoints(run.run_dir, run.checkpoint)
-    step, progress = checkpoints.latest_step, {}
-    if step is None:
-        state = first_state(run, placement, mesh)
-    else:
-        abstract = jax.eval_shape(lambda: init_state(run))
-        state, progress = checkpoints.restore(step, abstract, placement)
-        rows.set_state(progress["data"])
-    log = None
-    if processes.is_first():
-        log = metrics.MetricsLog(folder.local, step=step or 0, record=progress.get("record"))
+    step, progress, log = checkpoints.latest_step, {}, None
+    if step is not None:
+        shapes = jax.eval_shape(lambda: init_state(run))
+        state, progress = checkpoints.restore(step, shapes, placement)
+    with processes.together():
+        if step is None:
+            rows = data.train_rows(run.seed, streams=run.batch.micro_size)
+            state = first_state(run, placement, mesh)
+        else:
+            rows = data.train_rows(run.seed, streams=progress["data"]["streams"])
+            rows.set_state(progress["data"])
+        if processes.is_first():
+            log = metrics.MetricsLog(folder.local, step=step or 0, record=progress.get("record"))
     goodput = metrics.Goodput(folder.began, progress.get("productive_seconds", 0.0))
-    return Setup(folder, mesh, data, rows, checkpoints, state, log, goodput)
+    return Setup(folder, mesh, data, rows, evaluate, checkpoints, state, log, goodput)
 
 
 def train(run: Run, setup: Setup) -> None:
-    folder, mesh, data, rows, checkpoints, state, log, goodput = setup
+    folder, mesh, data, rows, evaluate, checkpoints, state, log, goodput = setup
     stop_signal, watchdog = processes.StopSignal(), processes.Watchdog(run.hang_minutes)
-    train_step, evaluate = make_train_step(run), Evaluator(run, data, mesh)
+    train_step = make_train_step(run)
     before = metrics.read(folder.local)[-run.guard.window :] if log else []
     guard = LossGuard(run.guard, processes.from_first([record["loss"] for record in before]))
     trace = StepTrace(run.profile if log else None, folder.local / "profile")
@@ -235,8 +204,6 @@ def train(run: Run, setup: Setup) -> None:
             "productive_seconds": goodput.productive_seconds,
         }
         checkpoints.save(step, state, progress)
-        if log:
-            folder.publish()
         return {"checkpoint_blocked_seconds": time.monotonic() - began}
 
     with (
@@ -247,6 +214,7 @@ def train(run: Run, setup: Setup) -> None:
             closing.callback(log.close)
         closing.callback(checkpoints.close)
         closing.callback(trace.close)
+        closing.callback(watchdog.stop)
         # Before these: a process that alone fails must not wait for a save that needs all.
         closing.enter_context(processes.ending_together(but=Stopped))
         bar.say(
@@ -254,12 +222,14 @@ def train(run: Run, setup: Setup) -> None:
             f"{jax.devices()[0].platform} device(s), {run.precision}, "
             + (f"continuing after step {step}" if step else origin)
         )
+        if evaluate.lacking:
+            bar.say(f"there will be no held-out loss: {evaluate.lacking}")
         is_last = step >= run.steps
         while not is_last:
             began = time.monotonic()
             used = batches.used_micros(run.batch, step, run.steps)
             with trace.begin(step + 1):
-                its_rows = read(rows, run, used, mesh)
+                its_rows = batches.take(rows, run.batch, used, mesh)
                 batch = batches.training_batch(its_rows, run.batch, mesh)
                 state, values = train_step(state, batch, jnp.int32(used))
                 values = jax.device_get(values)
@@ -278,26 +248,50 @@ def train(run: Run, setup: Setup) -> None:
                 saved_at = time.monotonic()
             if log:
                 log.write(record)
+                if "checkpoint_blocked_seconds" in record:
+                    folder.publish()
             if complaint:
-                stop(folder, step, complaint, its_rows, data)
+                anew = None if checkpoints.latest_step is None else folder.anew
+                advice = ways_out(record["loss"], record["grad_norm"], anew)
+                stop(folder, step, complaint, its_rows, data, advice)
             bar.update(step, record["loss"], record["tokens_per_second"])
             watchdog.hear()
 
     if step >= run.steps:
-        report(run, folder, state.model, data)
+        report(run, setup, state.model)
     elif log:
         print(f"stopped by signal after step {step}; the same command continues from there")
 
 
-def report(run: Run, folder: RunFolder, model: Transformer, data: Dataset) -> None:
+def report(run: Run, setup: Setup, model: Transformer) -> None:
     """Loss curve, the held-out score beside the bigram entropy, a sample, the command for more."""
+    if processes.is_first():
+        tell_score(run, setup)
+    # By all processes, as every one has a part of the model.
+    if sharding.axis_size("context") == 1:
+        sample = sampled(run, model, setup.data)
+    else:
+        sample = " ... (not continued here: mesh.context must be 1 to generate)"
+    options = {
+        "prompt": run.sample.prompt,
+        "max-new-tokens": run.sample.max_new_tokens,
+        "temperature": run.sample.temperature,
+        "top-p": run.sample.top_p,
+        "seed": run.seed,
+    }
+    # In one word, so that a value may begin with a dash.
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "dsjax", "generate", run.run_dir, *flags]
+    if processes.is_first():
+        print(f"\n{run.sample.prompt}{sample}\n\nmore of it: {shlex.join(command)}")
+
+
+def tell_score(run: Run, setup: Setup) -> None:
+    """Draws loss.png and prints the verdict."""
     from dsjax.plots import loss_curve
 
-    # By all processes, as every one has a part of the model; the rest is for the first.
-    sample = sampled(run, model, data) if sharding.axis_size("context") == 1 else None
-    if not processes.is_first():
-        return
-    records, bigram_bits = metrics.read(folder.local), data.bigram_bits_per_byte()
+    folder, bigram_bits = setup.folder, setup.data.bigram_bits_per_byte()
+    records = metrics.read(folder.local)
     loss_curve(records, folder.local / "loss.png", bigram_bits=bigram_bits)
     scores = [r["held_out_bits_per_byte"] for r in records if "held_out_bits_per_byte" in r]
     if scores:
@@ -306,39 +300,35 @@ def report(run: Run, folder: RunFolder, model: Transformer, data: Dataset) -> No
             f"held-out text: {scores[-1]:.3f} bits per byte, {verdict} the bigram entropy of the "
             f"training bytes, {bigram_bits:.3f}"
         )
+    else:
+        print(f"held-out text: no score, and so no verdict: {setup.evaluate.lacking}")
     folder.publish()
     print(f"metrics, TensorBoard events, loss.png and checkpoints: {run.run_dir}")
-    options = {
-        "prompt": run.sample.prompt,
-        "max-new-tokens": run.sample.max_new_tokens,
-        "temperature": run.sample.temperature,
-        "top-p": run.sample.top_p,
-        "seed": run.seed,
-    }
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "dsjax", "generate", run.run_dir, *flags]
-    if sample is not None:
-        print(f"\n{run.sample.prompt}{sample}\n")
-    print(f"more of it: {shlex.join(command)}")
 
 
 def sampled(run: Run, model: Transformer, data: Dataset) -> str:
     """The model's continuation of `run.sample.prompt`."""
-    from dsjax.generate import generate
-
-    tokenizer, precision = data.tokenizer, PRECISIONS[run.precision]
-    tokens = generate(
-        cast(model, precision.dtype),
-        tokenizer.encode_prompt(run.sample.prompt),
-        max_new_tokens=run.sample.max_new_tokens,
-        temperature=run.sample.temperature,
-        top_p=run.sample.top_p,
-        seed=run.seed,
-        eos_ids={tokenizer.eos_id} - {None},
-        num_tokens=tokenizer.num_tokens,
-    )
+    precision = PRECISIONS[run.precision]
     with products(precision.products):
-        return tokenizer.decode(list(tokens))
+        return data.tokenizer.decode(list(continuation(run, cast(model, precision.dtype), data)))
+
+
+def continuation(run: Run, model: Transformer, data: Dataset) -> Iterator[int]:
+    """Its tokens, none made yet. ValueError if `run.sample` asks for what cannot be."""
+    tokenizer, sample = data.tokenizer, run.sample
+    try:
+        return generate(
+            model,
+            tokenizer.encode_prompt(sample.prompt),
+            max_new_tokens=sample.max_new_tokens,
+            temperature=sample.temperature,
+            top_p=sample.top_p,
+            seed=run.seed,
+            eos_ids={tokenizer.eos_id} - {None},
+            num_tokens=tokenizer.num_tokens,
+        )
+    except ValueError as error:
+        raise ValueError(f"sample.prompt={sample.prompt!r} cannot be continued: {error}") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -374,9 +364,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with layout, processes.ending_together(but=Stopped):
             train(run, setup)
-    except (Stopped, Unreadable) as reason:
+    except Stopped as reason:
         if processes.is_first():
             print(f"stopped: {reason}", file=sys.stderr)
+        return 3
+    except Unreadable as reason:
+        saved = setup.folder.saved_step is not None
+        advice = mending(setup.folder.anew if saved else None)
+        print(f"stopped: {reason}\n{advice}", file=sys.stderr)
         return 3
     return 0
 

@@ -1,6 +1,6 @@
 """What a layer of V3 keeps from forward to backward where nothing is recomputed: BF16 against FP8.
 
-    python benchmarks/fp8_memory.py [TOKENS]
+    python benchmarks/fp8_memory.py [TOKENS]        (4096; at least 1024)
 
 Sums up the arrays that backward is given, activations and the weights as they are multiplied by, of
 their shapes alone: nothing is computed. The layer with experts has the eight that a device owns
@@ -24,8 +24,8 @@ from dsjax.run_file import load
 DEVICES = 32
 
 
-def kept_bytes(spec, model, tokens: int, name: str) -> tuple[int, int]:
-    """Bytes of activations, and of weights, that backward needs; a weight is one by its size."""
+def kept(spec, model, tokens: int, name: str) -> list[jax.ShapeDtypeStruct]:
+    """What backward is given of a layer over `tokens` tokens."""
     precision = PRECISIONS[name]
     block = jax.eval_shape(lambda: Block(spec, model, rngs=nnx.Rngs(0)))
     x_BTD = jax.ShapeDtypeStruct((1, tokens, model.hidden_size), jnp.bfloat16)
@@ -38,17 +38,24 @@ def kept_bytes(spec, model, tokens: int, name: str) -> tuple[int, int]:
 
         return jax.vjp(layer, block, x_BTD)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(backward, block, x_BTD, tokens_BT))
-    weight_sizes = {leaf.size for leaf in jax.tree.leaves(block)}
+    return jax.tree.leaves(jax.eval_shape(backward, block, x_BTD, tokens_BT))
+
+
+def kept_bytes(spec, model, tokens: int, name: str) -> tuple[int, int]:
+    """Bytes of activations, and of weights: these are as many for any number of tokens."""
     size = {True: 0, False: 0}
-    for one in kept:
-        size[one.size in weight_sizes] += one.size * one.dtype.itemsize
+    both = kept(spec, model, tokens, name), kept(spec, model, 2 * tokens, name)
+    for one, of_more in zip(*both, strict=True):
+        size[one.shape == of_more.shape] += one.size * one.dtype.itemsize
     return size[False], size[True]
 
 
 def main(arguments: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     tokens = int(arguments[0]) if arguments else 4096
+    if tokens < 1024:
+        print(f"{tokens} tokens: below 1024 attention takes another way; give more")
+        return 2
     model = load("configs/v3.py").model
     sparse = model.layers[1].pattern[0]
     share = dataclasses.replace(

@@ -68,12 +68,13 @@ def train(path: Path, variant: str, seed: int, steps: int) -> tuple[str, int, fl
         state, values = step(state, Batch(*map(jnp.asarray, arrays)), jnp.int32(1))
         losses.append(float(values["loss"]))
     replace_text(path, json.dumps({"variant": variant, "seed": seed, "losses": losses}))
-    return variant, seed, sum(losses[-WINDOW:]) / WINDOW
+    return variant, seed, windows(losses)[-1]
 
 
 def windows(losses: Sequence[float]) -> list[float]:
-    """Means over consecutive windows of steps."""
-    return [sum(losses[i : i + WINDOW]) / WINDOW for i in range(0, len(losses), WINDOW)]
+    """Means over consecutive windows of steps; the last may be shorter."""
+    cut = (losses[i : i + WINDOW] for i in range(0, len(losses), WINDOW))
+    return [sum(window) / len(window) for window in cut]
 
 
 def differences(losses: Sequence[float], base: Sequence[float]) -> list[float]:

@@ -4,28 +4,27 @@
 
 Prints a Markdown table: for each recipe memory of a device as the compiler has it, FLOPs, bytes
 sent, and the least time of a step. Without `gpu` for TPUs, `tiny`: a small V3 for each kind of
-TPU. WORDs choose among the recipes. Exit code 1 if one does not fit.
+TPU, and what of it a CPU cannot run. WORDs choose among the recipes. Exit code 1 if one does not
+fit.
 All but the word `whole` stop at the plan of memory, before machine code is made: "compile" is the
 time until then.
 """
 
-import multiprocessing
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 WHOLE = ("optim.moments=bf16", "precision=bf16", "remat=full")
 
 
 class Recipe(NamedTuple):
-    """A run file and what is changed in it for `topology`."""
+    """A run file and what is changed in it for `slices` of `topology`."""
 
     config: str
     topology: str
     changes: tuple[str, ...]
+    slices: int = 1
 
 
 def rows(number: int, *names: str) -> tuple[str, ...]:
@@ -43,6 +42,11 @@ def long(topology: str, length: int, number: int, *mesh: str) -> Recipe:
     return v3(topology, number, f"batch.length={length}", *mesh)
 
 
+def v2(topology: str, number: int, *mesh: str) -> Recipe:
+    changes = (*WHOLE, *rows(number, "size", "micro", "ramp_from"), *mesh)
+    return Recipe("configs/v2.py", topology, changes)
+
+
 def lite(topology: str, number: int) -> Recipe:
     """V2-Lite, one sequence per chip."""
     changes = (*WHOLE, *rows(number, "size", "micro"), "mesh.expert=8")
@@ -55,11 +59,7 @@ LARGE = (
     v3("v5p:4x4x8", 1 * 128, "mesh.expert=128"),
     v3("tpu7x:4x4x4", 1 * 128, "mesh.expert=128"),
     *(lite(topology, devices) for topology, devices in (("v5e:4x8", 32), ("v6e:4x4", 16))),
-    Recipe(
-        "configs/v2.py",
-        "v5p:4x4x4",
-        (*WHOLE, *rows(64, "size", "micro", "ramp_from"), "mesh.expert=32", "mesh.fsdp=2"),
-    ),
+    v2("v5p:4x4x4", 64, "mesh.expert=32", "mesh.fsdp=2"),
     Recipe(
         "configs/kimi_k2.py",
         "v5p:4x8x8",
@@ -71,10 +71,23 @@ LARGE = (
     v3("v5p:8x8x8", 2 * 512, "mesh.expert=128", "optim.moments=fp32"),
     v3("v5p:4x8x8", 1 * 256, "mesh.expert=128", "optim.moments=fp32"),
 )
-GPU = (v3("h200:16x8", 128, "mesh.expert=128"), lite("h100:1x8", 8))
-TINY = tuple(
-    Recipe("configs/tiny_v3.py", topology, ("precision=bf16", "mesh.expert=2"))
-    for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+GPU = (
+    v3("h200:16x8", 128, "mesh.expert=128"),
+    v2("h200:4x8", 32, "mesh.expert=32"),
+    lite("h100:1x8", 8),
+)
+
+
+def tiny(topology: str, *changes: str, slices: int = 1) -> Recipe:
+    changes = ("precision=bf16", "mesh.expert=2", *changes)
+    return Recipe("configs/tiny_v3.py", topology, changes, slices)
+
+
+TINY = (
+    *map(tiny, ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
+    # What no CPU has: rows sent as they are, layers' inputs in the host's memory, two slices.
+    tiny("v6e:2x2", "dispatch=ragged", "remat=offload"),
+    tiny("v5e:2x2", "mesh.data=2", slices=2),
 )
 
 
@@ -88,7 +101,7 @@ def compiled(recipe: Recipe, is_whole: bool) -> tuple[str, bool]:
     from dsjax.plan.compiling import compile_step, finished
     from dsjax.run_file import load
 
-    topology = chips.topology(recipe.topology)
+    topology = chips.topology(recipe.topology, recipe.slices)
     by = finished if is_whole else early.planned
     outcome = compile_step(load(recipe.config, *recipe.changes), topology, by=by)
     if isinstance(outcome, OutOfMemory):
@@ -96,26 +109,14 @@ def compiled(recipe: Recipe, is_whole: bool) -> tuple[str, bool]:
     return table.row(outcome), outcome.fits
 
 
-def worker(end: Connection, recipe: Recipe, is_whole: bool) -> None:
-    """`compiled` for the parent, which ends this process then, and with it the compiler."""
-    end.send(compiled(recipe, is_whole))
-    time.sleep(60)
-
-
 def in_a_process(recipe: Recipe, is_whole: bool) -> tuple[str, bool]:
-    """What `compiled` gives; a compiler that dies is a row, too."""
-    ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=worker, args=(theirs, recipe, is_whole))
-    process.start()
-    theirs.close()
+    """What `compiled` gives; a compiler that fails or dies is a row, too."""
+    from dsjax.plan import early
+
     try:
-        return ours.recv()
-    except EOFError:
-        return f"{recipe}: the compiler's process ended without a word", False
-    finally:
-        process.kill()
-        process.join()
+        return early.apart(compiled, recipe, is_whole)
+    except (ValueError, RuntimeError) as error:
+        return f"{recipe}: {error}", False
 
 
 def main(arguments: Sequence[str]) -> int:

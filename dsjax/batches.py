@@ -1,4 +1,4 @@
-"""Rows of the data stream into device batches: micro-batches, batch-size ramp, provenance.
+"""Rows of the data stream into device batches: micro-batches, ramp, provenance, held-out loss.
 
 Each process makes the rows of its own devices; elsewhere a list of rows holds None.
 """
@@ -10,9 +10,12 @@ import jax
 import numpy as np
 
 from dsjax import sharding
-from dsjax.data import Row, RowIterator
+from dsjax.config import Model
+from dsjax.data import Dataset, Row, RowIterator
 from dsjax.losses import Batch
-from dsjax.run import BatchShape
+from dsjax.model import Transformer
+from dsjax.run import BatchShape, Run
+from dsjax.train_step import make_eval_step
 
 
 def check_fits(config: BatchShape) -> None:
@@ -23,6 +26,16 @@ def check_fits(config: BatchShape) -> None:
         raise ValueError(
             f"batch.length={config.length} does not divide over mesh.context="
             f"{sharding.axis_size('context')}"
+        )
+
+
+def check_length(length: int, key: str, model: Model) -> None:
+    """ValueError for rows of more tokens than `model` has positions; `key` is what to change."""
+    positions = model.max_position_embeddings
+    if length > positions:
+        raise ValueError(
+            f"{key}={length} is more than model.max_position_embeddings={positions}; make the one "
+            "smaller or, if the model was made for it, the other larger"
         )
 
 
@@ -108,6 +121,41 @@ def target_bytes(rows: Iterable[Row], bytes_per_token: np.ndarray) -> int:
         inside = row.segments_T[1:] == row.segments_T[:-1]
         total += int(bytes_per_token[row.tokens_T[1:][inside]].sum())
     return total
+
+
+class Evaluator:
+    """Held-out loss in nats per token and in bits per byte, always over the same rows.
+
+    `lacking`: why there is no such loss, or None.
+    """
+
+    def __init__(self, run: Run, data: Dataset, mesh: jax.sharding.Mesh):
+        micro = run.batch.micro_size
+        self._rows = data.held_out_rows(run.evaluation.batches * micro)
+        self._run, self._mesh, self._step = run, mesh, make_eval_step(run)
+        self._bytes = target_bytes(self._rows, data.tokenizer.bytes_per_token)
+        self.lacking = None
+        if not run.evaluation.batches:
+            self.lacking = "evaluation.batches=0 asks for none"
+        elif not self._bytes:
+            self.lacking = (
+                f"data.held_out={run.data.held_out} leaves no row of batch.length="
+                f"{run.batch.length} tokens; hold out a larger share"
+            )
+
+    def __call__(self, model: Transformer) -> dict:
+        """The metrics, {} where nothing is held out."""
+        if self.lacking:
+            return {}
+        nats = targets = 0.0
+        for rows in in_evaluation_batches(self._rows, self._run.batch):
+            batch = evaluation_batch(rows, self._run.batch, self._mesh)
+            some_nats, some_targets = jax.device_get(self._step(model, batch))
+            nats, targets = nats + float(some_nats), targets + float(some_targets)
+        return {
+            "held_out_loss": nats / targets,
+            "held_out_bits_per_byte": nats / math.log(2) / self._bytes,
+        }
 
 
 def provenance(rows: Sequence[Row | None], locate: Callable[[int], str]) -> list[dict]:

@@ -29,7 +29,7 @@ class BlockScaled:
 
     @property
     def ndim(self) -> int:
-        """Of what is stored."""
+        """Of what is stored, as the axes of its variable are: `sharding` counts layers by both."""
         return self.values.ndim
 
     @property

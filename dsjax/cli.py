@@ -21,6 +21,7 @@ from dsjax.hf.files import read_json
 from dsjax.model import Transformer
 from dsjax.nn.block_fp8 import BlockFp8
 from dsjax.nn.precision import PRECISIONS, Exact, Products, products
+from dsjax.run_folder import RUN_FILE, RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="continue a text", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     generate.add_argument(
-        "path", type=Path, help="training run, Hugging Face directory or import of one"
+        "path", help="training run (a folder or its URL), Hugging Face directory or import of one"
     )
     generate.add_argument("--prompt", required=True, help="the text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many")
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "assignments", nargs="*", metavar="key=value",
         help="topology=v5p:8x8x8 (or h100:16x8, nodes x GPUs), slices=2, phase=decode (or prefill) "
-        "rows=256 length=8192, and keys of the run",
+        "rows=256 length=8192, until=memory (stops before machine code), and keys of the run",
     )  # fmt: skip
     plan.add_argument(
         "--search", action="store_true", help="try meshes, micro-batches and remat policies"
@@ -75,8 +76,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        is_run = (options.path / "run.json").is_file()
-        load = _from_run if is_run else _from_hub
+        load = _from_run if _is_run(options.path) else _from_hub
         model, tokenizer, eos_ids, by = load(options.path, mesh, options.precision)
         num_tokens = min(tokenizer.num_tokens, model.config.vocab_size)
         prompt = tokenizer.encode_prompt(options.prompt)
@@ -104,10 +104,16 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if plan(options.config, options.assignments, searching=options.search) else 1
 
 
+def _is_run(path: str) -> bool:
+    folder = RunFolder(path)
+    with folder.reachable():
+        return (folder.home / RUN_FILE).is_file()
+
+
 Loaded = tuple[Transformer, Bytes | HuggingFace, set[int], Products]
 
 
-def _from_run(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loaded:
+def _from_run(path: str, mesh: jax.sharding.Mesh, precision: str | None) -> Loaded:
     """A training run, by default in the precision it computes in."""
     from dsjax.checkpoint import restore_model
     from dsjax.params import cast
@@ -121,18 +127,19 @@ def _from_run(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loa
     return cast(model, computed.dtype), tokenizer, eos_ids, computed.products
 
 
-def _from_hub(path: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Loaded:
+def _from_hub(path: str, mesh: jax.sharding.Mesh, precision: str | None) -> Loaded:
     """A published checkpoint; generation_config.json knows best where a text ends."""
-    if not path.is_dir():
+    directory = Path(path)
+    if not directory.is_dir():
         raise ValueError(f"{path} is no directory; give a training run or a Hugging Face directory")
-    folder = path / HUB if is_converted(path) else path
+    folder = directory / HUB if is_converted(directory) else directory
     tokenizer = load_tokenizer(folder)
     dtype, by = None, Exact()
     if precision is not None:
         dtype, by = PRECISIONS[precision].dtype, PRECISIONS[precision].products
     multiplies_fp8 = isinstance(by, BlockFp8)
     keep_fp8 = multiplies_fp8 and "quantization_config" in read_json(folder / "config.json")
-    model = hf.from_pretrained(path, dtype=dtype, mesh=mesh, keep_fp8=keep_fp8)
+    model = hf.from_pretrained(directory, dtype=dtype, mesh=mesh, keep_fp8=keep_fp8)
     stated = None
     for name in ("generation_config.json", "config.json"):
         if stated is None and (folder / name).is_file():

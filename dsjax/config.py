@@ -6,13 +6,28 @@ of the published `config.json` where it has them. Sizes count elements unless sa
 """
 
 import dataclasses
+import math
 
 
-def _positive(config, *names: str) -> None:
+def _at_least(least: int, config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be at least 1")
+        if not least <= value < math.inf:
+            where = f"{type(config).__name__}.{name}"
+            raise ValueError(f"{where} is {value}; it must be a number of at least {least}")
+
+
+def _above(bound: int, config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not bound < value < math.inf:
+            where = f"{type(config).__name__}.{name}"
+            raise ValueError(f"{where} is {value}; it must be a number above {bound}")
+
+
+def _not_empty(config, name: str) -> None:
+    if not getattr(config, name):
+        raise ValueError(f"{type(config).__name__}.{name} is (); give at least one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +45,16 @@ class Yarn:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    def __post_init__(self):
+        _above(0, self, "factor", "beta_fast", "beta_slow")
+        _at_least(1, self, "original_context")
+        _at_least(0, self, "mscale", "mscale_all_dim")
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"Yarn.beta_fast is {self.beta_fast}; it must be at least "
+                f"beta_slow={self.beta_slow}"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -37,6 +62,10 @@ class Rope:
 
     theta: float = 10000.0
     yarn: Yarn | None = None
+
+    def __post_init__(self):
+        # Frequencies are powers of 1 / theta, and YaRN divides by its logarithm.
+        _above(1, self, "theta")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +81,12 @@ class Mla:
     rope: Rope = Rope()
 
     def __post_init__(self):
-        _positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        _at_least(1, self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(
+                f"Mla.q_lora_rank is {self.q_lora_rank}; it must be at least 1, or None for "
+                "queries that are not compressed"
+            )
         if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
             raise ValueError(
                 f"Mla.qk_rope_head_dim is {self.qk_rope_head_dim}; rotation works on pairs, "
@@ -90,7 +124,7 @@ class Dense:
     intermediate_size: int
 
     def __post_init__(self):
-        _positive(self, "intermediate_size")
+        _at_least(1, self, "intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,8 +138,9 @@ class Moe:
     router: Router
 
     def __post_init__(self):
-        _positive(self, "num_experts", "num_chosen", "intermediate_size")
-        _positive(self.router, "num_groups")
+        _at_least(1, self, "num_experts", "num_chosen", "intermediate_size")
+        _at_least(0, self, "num_shared")
+        _at_least(1, self.router, "num_groups")
         groups, kept = self.router.num_groups, self.router.kept_groups
         if self.num_experts % groups:
             raise ValueError(
@@ -144,7 +179,8 @@ class LayerGroup:
     pattern: tuple[Block, ...]
 
     def __post_init__(self):
-        _positive(self, "repeat")
+        _at_least(1, self, "repeat")
+        _not_empty(self, "pattern")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +200,10 @@ class Model:
     initializer_std: float = 0.006
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "hidden_size", "max_position_embeddings")
+        _at_least(1, self, "vocab_size", "hidden_size", "max_position_embeddings")
+        _above(0, self, "rms_norm_eps")
+        _at_least(0, self, "initializer_std")
+        _not_empty(self, "layers")
 
     @property
     def num_layers(self) -> int:

@@ -110,10 +110,14 @@ def generate(
             f"{prompt.size} prompt tokens and max_new_tokens={max_new_tokens}: the latter must be "
             f"at least 1, and both together at most {spec.max_position_embeddings} positions"
         )
-    if temperature < 0.0 or not 0.0 < top_p <= 1.0:
+    if not 0.0 <= temperature < float("inf") or not 0.0 < top_p <= 1.0:
         raise ValueError(
-            f"temperature={temperature} must be at least 0, top_p={top_p} above 0 and at most 1"
+            f"temperature={temperature} must be a number of at least 0, top_p={top_p} above 0 and "
+            "at most 1"
         )
+    # jax would fold a larger one into 32 bits, so that two seeds draw the same.
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie between 0 and 2**32 - 1")
     if not 1 <= num_tokens <= spec.vocab_size:
         raise ValueError(f"num_tokens={num_tokens} must lie in 1 to {spec.vocab_size} vocab rows")
     check_mesh()

@@ -7,6 +7,30 @@ from statistics import median
 from dsjax.run import Guard
 
 
+def ways_out(loss: float, grad_norm: float, anew: str | None) -> str:
+    """What a person can do about a complaint over these values.
+
+    `anew`: the keys of a new run that begins with the newest checkpoint; None: nothing is saved.
+    """
+    calmer = "a lower optim.learning_rate.peak or optim.clip_norm"
+    if anew is None:
+        gentler = f"repeat the command with {calmer}: nothing is saved yet, so it begins again"
+    else:
+        gentler = (
+            "if the losses until the last checkpoint were good, begin a new run from its weights "
+            f"with {calmer}: {anew} (moments, schedules and the order of the data begin again)"
+        )
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return (
+            "No checkpoint holds this step. Look at these documents; if a spike is expected here, "
+            f"repeat the command with a higher guard.spike; if not, {gentler}."
+        )
+    return (
+        "No checkpoint holds this step, and unless a device was at fault, the same command comes "
+        f"to it again. Look at these documents, then {gentler}."
+    )
+
+
 class LossGuard:
     """Watches every step's loss: stops if it is not finite, or towers over the recent ones."""
 

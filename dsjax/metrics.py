@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +36,12 @@ class MetricsLog:
             self.write(record)
 
     def write(self, record: dict) -> None:
-        """Writes one record, which must have a `step`; floats keep all their digits."""
-        self._file.write(json.dumps(record).encode() + b"\n")
+        """Writes one record, which must have a `step`; floats keep all their digits.
+
+        JSON has no number for nan and infinities: they are written as null.
+        """
+        line = json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
@@ -68,14 +73,30 @@ class Goodput:
 
 
 def read(run_dir: Path) -> list[dict]:
-    """All records of a run so far."""
-    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    """All records of a run so far, with nan for null."""
+    return [
+        {name: _number(value) for name, value in json.loads(line).items()}
+        for line in (run_dir / METRICS_FILE).read_text().splitlines()
+    ]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return math.nan if value is None else value
 
 
 def load_statistics(loads: Sequence[np.ndarray], *, devices: int = 1) -> dict:
     """What a step's expert loads say, a list entry per MoE layer; {} for a dense model.
 
-    `load_max_over_mean`: 1 is even. `load_entropy`: in units of ln E, 1 is even.
+    `load_max_over_mean`: 1 is even. `load_entropy`: in units of ln E, 1 is even, and so
+    is the load of a single expert.
     `load_device_max_over_mean`: of the sums over the experts of each of the `devices` that share
     them; the others wait for the fullest one.
     """
@@ -87,7 +108,8 @@ def load_statistics(loads: Sequence[np.ndarray], *, devices: int = 1) -> dict:
             max_over_mean.append(float(share_E.max() * len(share_E)))
             of_device = share_E.reshape(devices, -1).sum(1)
             device_max_over_mean.append(float(of_device.max() * devices))
-            entropy.append(float(-(used_E * np.log(used_E)).sum() / math.log(len(share_E))))
+            most = math.log(len(share_E))
+            entropy.append(float(-(used_E * np.log(used_E)).sum() / most) if most else 1.0)
     if not max_over_mean:
         return {}
     return {

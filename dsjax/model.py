@@ -38,10 +38,17 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], places: Places, cache: Any = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        places: Places,
+        cache: Any = None,
+        layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], Any, MoeStats | None]:
-        """The layer's output, the attention's new cache, and the experts' statistics if any."""
-        y_BTD, cache = self.attention(self.input_norm(x_BTD), places, cache)
+        """The layer's output, the new cache, and the experts' statistics if any.
+
+        `cache` is that of a stack of layers, of which this one is number `layer`.
+        """
+        y_BTD, cache = self.attention(self.input_norm(x_BTD), places, cache, layer)
         x_BTD = x_BTD + y_BTD
         normed_BTD = self.post_attention_norm(x_BTD)
         if isinstance(self.ffn, MoeFfn):
@@ -81,11 +88,10 @@ class Superblock(nnx.Module):
     def __init__(self, pattern: Sequence[config.Block], model: config.Model, *, rngs: nnx.Rngs):
         self.blocks = nnx.List([Block(spec, model, rngs=rngs) for spec in pattern])
 
-    def __call__(self, x_BTD, places: Places, caches):
-        caches = (None,) * len(self.blocks) if caches is None else caches
+    def __call__(self, x_BTD, places: Places, caches, layer):
         outcomes = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x_BTD, cache, stats = block(x_BTD, places, cache)
+            x_BTD, cache, stats = block(x_BTD, places, cache, layer)
             outcomes.append((cache, stats))
         caches, stats = zip(*outcomes, strict=True)
         return x_BTD, caches, stats
@@ -197,20 +203,23 @@ class Transformer(nnx.Module):
         """
         places = _laid_out(places)
         x_BTD = self.embedded(tokens_BT, dtype)
-        caches = (None,) * len(self.layers) if caches is None else caches
+        if caches is None:
+            caches = [(None,) * len(group.pattern) for group in self.config.layers]
 
         @REMAT[remat]
-        def body(x_BTD, layer):
-            superblock, cache = layer
+        def body(carry, turn):
+            (x_BTD, cache), (superblock, layer) = carry, turn
             superblock = sharding.unshard(cast(superblock, dtype))
             x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-            x_BTD, cache, stats = superblock(x_BTD, places, cache)
-            return x_BTD, (cache, stats)
+            x_BTD, cache, stats = superblock(x_BTD, places, cache, layer)
+            return (x_BTD, cache), stats
 
         outcomes = []
-        for stack, cache in zip(self.layers, caches, strict=True):
-            x_BTD, outcome = jax.lax.scan(body, x_BTD, (stack, cache))
-            outcomes.append(outcome)
+        for group, stack, cache in zip(self.config.layers, self.layers, caches, strict=True):
+            # Caches are carried along, where XLA writes them in place: of each only the new slots.
+            turns = stack, jnp.arange(group.repeat, dtype=jnp.int32)
+            (x_BTD, cache), stats = jax.lax.scan(body, (x_BTD, cache), turns)
+            outcomes.append((cache, stats))
         caches, stats = zip(*outcomes, strict=True)
         return Hidden(self.norm(x_BTD), caches, stats)
 
@@ -243,14 +252,9 @@ class Transformer(nnx.Module):
 
     def init_caches(self, batch: int, num_slots: int) -> tuple:
         """Empty caches of all main layers, in the weights' dtype, stacked as the layers are."""
-        dtype = self.embed.dtype
-
-        def stacked(group, superblock):
-            one = tuple(b.attention.init_cache(batch, num_slots, dtype) for b in superblock.blocks)
-            return jax.tree.map(lambda x: jax.lax.broadcast(x, (group.repeat,)), one)
-
+        how = batch, num_slots, self.embed.dtype
         return tuple(
-            stacked(group, stack)
+            tuple(block.attention.init_cache(*how, layers=group.repeat) for block in stack.blocks)
             for group, stack in zip(self.config.layers, self.layers, strict=True)
         )
 

@@ -208,6 +208,7 @@ class Watchdog:
 
     def __init__(self, minutes: float):
         self._minutes, self._heard = minutes, time.monotonic()
+        self._stopped = threading.Event()
         if jax.process_count() > 1:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -215,9 +216,14 @@ class Watchdog:
         """Something was finished: the clock starts again."""
         self._heard = time.monotonic()
 
+    def stop(self) -> None:
+        """No step is waited for any more."""
+        self._stopped.set()
+
     def _watch(self) -> None:
         while (left := self._minutes * 60 + self._heard - time.monotonic()) > 0:
-            time.sleep(left)
+            if self._stopped.wait(left):
+                return
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         leave(
             LOST_OTHERS,

@@ -22,9 +22,10 @@ class StepProgress:
     """
 
     def __init__(self, *, first: int, steps: int, every: int, quiet: bool = False):
-        self._first, self._steps, self._every = first, steps, every
+        self._steps, self._every = steps, every
         self._console = Console(quiet=quiet)
-        self._began = time.monotonic()
+        # When the first step of this start was done: before that it compiled.
+        self._began: float | None = None
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -47,12 +48,15 @@ class StepProgress:
         """Shows the figures of a finished step."""
         rate = f"{tokens_per_second:,.0f}"
         self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=rate)
+        now = time.monotonic()
+        if self._began is None:
+            self._first, self._began = step, now
         if not self._console.is_terminal and (step % self._every == 0 or step == self._steps):
-            done = max(step - self._first, 1)
-            left = (time.monotonic() - self._began) / done * (self._steps - step)
-            self.say(
-                f"step {step}/{self._steps}  loss {loss:.4f}  {rate} tokens/s  {left:.0f} s left"
-            )
+            line = f"step {step}/{self._steps}  loss {loss:.4f}  {rate} tokens/s"
+            if step > self._first:
+                left = (now - self._began) / (step - self._first) * (self._steps - step)
+                line += f"  {left:.0f} s left"
+            self.say(line)
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -4,10 +4,11 @@ A run file under `configs/` builds one `Run`; the command line changes single le
 """
 
 import dataclasses
+import math
 
 from dsjax.config import Model
 
-PRECISIONS = ("fp32", "bf16", "fp8", "fp8_ue8m0")
+PRECISIONS = ("fp32", "bf16", "fp8", "fp8_exact_wgrad", "fp8_ue8m0")
 REMATS = ("full", "none", "save_latents", "offload")
 MOMENTS = ("fp32", "bf16")
 DISPATCHES = ("auto", "ring", "all_to_all", "ragged")
@@ -28,6 +29,15 @@ class Piecewise:
             )
 
 
+def _check_rate(rate, *factors: str) -> None:
+    for name in ("peak", "warmup_steps", *factors):
+        value = getattr(rate, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"optim.learning_rate.{name} is {value}; it must be a number of at least 0"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearningRate:
     """The V3 schedule (report section 4.2), its phases as fractions of the run.
@@ -44,6 +54,16 @@ class LearningRate:
     final: float = 0.1
     last: float = 7.3e-6 / 2.2e-4
 
+    def __post_init__(self):
+        _check_rate(self, "final", "last")
+        constant, cosine, tail = self.constant_until, self.cosine_until, self.tail_until
+        if not (0 <= constant <= cosine <= 1 and 0 <= tail <= 1):
+            raise ValueError(
+                f"optim.learning_rate.constant_until={constant}, cosine_until={cosine} and "
+                f"tail_until={tail} must be fractions of the run, from 0 to 1, and the first at "
+                "most the second"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepDecay:
@@ -56,6 +76,14 @@ class StepDecay:
     warmup_steps: int
     at: tuple[float, ...] = (0.6, 0.9)
     factor: float = 0.316
+
+    def __post_init__(self):
+        _check_rate(self, "factor")
+        if list(self.at) != sorted(self.at) or not all(0 <= cut <= 1 for cut in self.at):
+            raise ValueError(
+                f"optim.learning_rate.at is {self.at}; it must be rising fractions of the run, "
+                "from 0 to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +106,20 @@ class Optim:
         if self.moments not in MOMENTS:
             raise ValueError(
                 f"optim.moments is {self.moments!r}; choose one of {', '.join(MOMENTS)}"
+            )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(
+                f"optim.beta1={self.beta1} and optim.beta2={self.beta2} must be at least 0 and "
+                "below 1"
+            )
+        if not (0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                f"optim.eps={self.eps} must be a number above 0, "
+                f"optim.weight_decay={self.weight_decay} one of at least 0"
+            )
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"optim.clip_norm={self.clip_norm} must be above 0; 1e9 is as good as no clipping"
             )
 
 
@@ -122,6 +164,10 @@ class BatchShape:
                 f"batch.ramp_from={self.ramp_from} must be a multiple of batch.micro={micro} "
                 f"no larger than batch.size={self.size}"
             )
+        if not 0 <= self.ramp_until <= 1:
+            raise ValueError(
+                f"batch.ramp_until={self.ramp_until} must be a fraction of the run, from 0 to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,14 +187,14 @@ class StandardLibrary:
 class Files:
     """A folder of `.jsonl`, `.parquet` or `.txt` documents and a Hugging Face `tokenizer.json`.
 
-    `streams` as in `StandardLibrary`.
+    `streams` as in `StandardLibrary`; None: as many as a micro-batch has rows when the run begins.
     """
 
     path: str
     tokenizer: str
     text_field: str = "text"
     held_out: float = 0.01
-    streams: int = 16
+    streams: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +271,17 @@ class Sample:
     temperature: float = 0.7
     top_p: float = 0.95
 
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"sample.max_new_tokens is {self.max_new_tokens}; it must be at least 1"
+            )
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sample.temperature={self.temperature} must be a number of at least 0, "
+                f"sample.top_p={self.top_p} above 0 and at most 1"
+            )
+
 
 def profiled_steps(profile: str | None) -> range:
     """The steps that `Run.profile` names: "10:15" is 10 to 14. ValueError for anything else."""
@@ -241,7 +298,12 @@ def profiled_steps(profile: str | None) -> range:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything `train.py` needs. `precision`: "fp32" or "bf16" compute; weights stay FP32.
+    """Everything `train.py` needs.
+
+    `precision`: what layers compute in, a name of `PRECISIONS`, whose meanings are the table in
+    `dsjax.nn.precision`: "fp32"; "bf16"; BF16 with linear layers in block FP8, their scales any
+    number ("fp8") or powers of two ("fp8_ue8m0"), or as "fp8" but for the gradients of weights,
+    which stay in BF16 ("fp8_exact_wgrad"). Weights stay FP32.
 
     `init_from`: a Hugging Face directory, one that `convert_weights.py` made, or another run, whose
     weights this one begins with. `run_dir`: a folder, or a URL (`gs://`, `s3://`).
@@ -275,6 +337,8 @@ class Run:
 
     def __post_init__(self):
         profiled_steps(self.profile)
+        if not self.run_dir:
+            raise ValueError("run_dir is ''; give a folder or a URL, like run_dir=runs/tiny")
         if not self.hang_minutes > 0:
             raise ValueError(f"hang_minutes is {self.hang_minutes}; it must be above 0")
         if self.precision not in PRECISIONS:

@@ -24,10 +24,12 @@ BEGAN_FILE = "began"
 # What pip has to bring before a URL can be reached.
 SCHEMES = {"gs": "gcsfs google-cloud-storage", "s3": "s3fs"}
 
-# What may differ between the command that began a run and the one that continues it.
+# What may differ between the command that began a run and the one that continues it. Where data and
+# tokenizer lie is free: what they hold is checked against the position in the data.
 FREE_TO_CHANGE = (
-    "steps", "run_dir", "mesh", "remat", "log_every", "checkpoint", "evaluation", "guard", "sample",
-    "profile", "compilation_cache", "hang_minutes",
+    "steps", "run_dir", "mesh", "batch.micro", "dispatch", "data.path", "data.tokenizer", "remat",
+    "log_every", "checkpoint", "evaluation", "guard", "sample", "profile", "compilation_cache",
+    "hang_minutes",
 )  # fmt: skip
 
 
@@ -56,10 +58,24 @@ class RunFolder:
             self.home = epath.Path(run_dir).resolve()
             self.local = Path(self.home)
         self._scheme = scheme
+        self._published: dict[Path, tuple[int, int]] = {}
 
     @property
     def checkpoints(self) -> epath.Path:
         return self.home / CHECKPOINTS
+
+    @property
+    def saved_step(self) -> int | None:
+        """The newest step with a checkpoint."""
+        found = [place.name for place in self.checkpoints.glob("[0-9]*")]
+        return max((int(name) for name in found if name.isdecimal()), default=None)
+
+    @property
+    def anew(self) -> str:
+        """The keys of another run that begins with the newest weights of this one."""
+        if self.remote:
+            return f"init_from=COPY run_dir=NEW, COPY being a local copy of {self.home}"
+        return f"init_from={self.home} run_dir=NEW"
 
     def claim(self, run: Run) -> None:
         """Makes the folder with its `run.json`, or checks that the run in it is this one.
@@ -68,8 +84,9 @@ class RunFolder:
         """
         with self.reachable():
             text = self._text(RUN_FILE)
-            continues = any(self.checkpoints.glob("[0-9]*")) if text else False
-        fixed = self._changed(from_json(text), run) if text else []
+            saved = self.saved_step if text else None
+        continues = saved is not None
+        fixed = _fixed(from_json(text), run, saved) if text else []
         if continues and fixed:
             raise ValueError(
                 f"{self.home} holds a run with another {', '.join(fixed)}; continue it with the "
@@ -100,14 +117,17 @@ class RunFolder:
         return float(self._text(BEGAN_FILE))
 
     def publish(self) -> None:
-        """Copies the files of `local` to `home`, where that is another place."""
+        """Copies the files of `local` that changed to `home`, where that is another place."""
         if not self.remote:
             return
         for file in sorted(self.local.rglob("*")):
-            if file.is_file():
+            status = file.stat()
+            version = status.st_mtime_ns, status.st_size
+            if file.is_file() and self._published.get(file) != version:
                 target = self.home / file.relative_to(self.local).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
+                self._published[file] = version
 
     def _text(self, name: str) -> str:
         file = self.home / name
@@ -126,10 +146,30 @@ class RunFolder:
                 f"{SCHEMES[self._scheme]}` and this machine's credentials for it"
             ) from error
 
-    @staticmethod
-    def _changed(before: Run, run: Run) -> list[str]:
-        names = [field.name for field in dataclasses.fields(Run)]
-        changed = [name for name in names if getattr(before, name) != getattr(run, name)]
-        if "steps" in changed:
-            print(f"steps was {before.steps}, is {run.steps}: every schedule stretches with it")
-        return [name for name in changed if name not in FREE_TO_CHANGE]
+
+def _fixed(before: Run, run: Run, saved: int | None) -> list[str]:
+    """What differs between two runs, though it may not; says what follows from some that may.
+
+    `saved`: the step that the second would continue after.
+    """
+    changed, free = list(_differing(before, run)), set(FREE_TO_CHANGE)
+    if "steps" in changed:
+        print(f"steps was {before.steps}, is {run.steps}: every schedule stretches with it")
+    if "batch.micro" in changed and saved is not None:
+        told = f"batch.micro was {before.batch.micro}, is {run.batch.micro}"
+        print(f"{told}: evaluation.batches are so many other held-out rows from here on")
+        if run.batch.ramp_from is not None and saved < run.batch.ramp_until * run.steps:
+            # Later all batches are batch.size, in whatever parts they are computed.
+            free.remove("batch.micro")
+    return [name for name in changed if not {name, name.partition(".")[0]} & free]
+
+
+def _differing(before: Run, run: Run) -> Iterator[str]:
+    """Names of fields that differ: "seed", and those of a component, "batch.micro"."""
+    for name in (field.name for field in dataclasses.fields(Run)):
+        old, new = getattr(before, name), getattr(run, name)
+        if dataclasses.is_dataclass(old) and type(old) is type(new):
+            parts = (field.name for field in dataclasses.fields(old))
+            yield from (f"{name}.{p}" for p in parts if getattr(old, p) != getattr(new, p))
+        elif old != new:
+            yield name

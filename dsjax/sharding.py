@@ -1,7 +1,8 @@
 """The mesh: one, always whole, and the table from logical axis to mesh axes.
 
-Only this file and what runs per device in `nn/moe.py`, `nn/dispatch`, `nn/context.py` and
-`nn/splash.py` name mesh axes.
+Only here is said what they cut. What runs per device in `nn/moe.py`, `nn/dispatch`, `nn/context.py`
+and `nn/splash.py` names the axes of its collectives; losses, masks, batches and generation ask how
+many devices share a length (`context`); `dsjax.plan` counts along all of them.
 
 Weights are stored sharded over `fsdp` as well, those outside the experts over `expert` too
 (ZeRO-3), and gathered by `unshard`, one layer at a time, where they are used. Experts and attention
@@ -26,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH_AXES = ("data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
@@ -105,19 +107,22 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
     """Devices in the mesh's shape, neighbours near each other.
 
     Several TPU slices, or GPU islands, are joined along the first axes that their number divides
-    into, so that `data`, or else `fsdp`, crosses the slow network and the others do not.
+    into: `data` or else `fsdp` or else `expert` crosses the slow network. `tensor` and `context`,
+    which every layer's activations travel along, never do: ValueError.
     """
     rest = slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     across = []
-    for size in shape:
-        across.append(math.gcd(size, rest))
+    for name, size in zip(AXES, shape, strict=True):
+        across.append(math.gcd(size, rest) if name in BATCH_AXES else 1)
         rest //= across[-1]
     if rest > 1:
+        sizes = " ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
         raise ValueError(
-            f"a mesh of {'x'.join(map(str, shape))} cannot be laid over {slices} slices; make "
-            f"mesh.data a multiple of {slices}"
+            f"{sizes} cannot be laid over {slices} slices (or nodes): tensor and context must stay "
+            f"within one; make mesh.data, fsdp or expert {rest} times as large, and the others "
+            "smaller"
         )
     inside = [size // outer for size, outer in zip(shape, across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
@@ -142,7 +147,7 @@ def axis_size(name: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
-def cut(*mesh_axes: str, mesh: jax.sharding.Mesh | None = None) -> tuple[str, ...]:
+def cut(*mesh_axes: str, mesh: AnyMesh | None = None) -> tuple[str, ...]:
     """Those of `mesh_axes` that have more than one device: along the others nothing is cut.
 
     So a mesh of one device compiles to a program without a single collective.
@@ -151,7 +156,7 @@ def cut(*mesh_axes: str, mesh: jax.sharding.Mesh | None = None) -> tuple[str, ..
     return tuple(name for name in mesh_axes if shape.get(name, 1) > 1)
 
 
-def spec(*axes: str | None, mesh: jax.sharding.Mesh | None = None) -> P:
+def spec(*axes: str | None, mesh: AnyMesh | None = None) -> P:
     """The PartitionSpec on `mesh` (default: the one set) of an array with the logical `axes`."""
     return P(*(cut(*RULES.get(axis, ()), mesh=mesh) or None for axis in axes))
 
@@ -300,12 +305,12 @@ def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     return (None,) * missing + tuple(variable.axes)
 
 
-def stored_spec(variable: nnx.Variable, mesh: jax.sharding.Mesh | None = None) -> P:
+def stored_spec(variable: nnx.Variable, mesh: AnyMesh | None = None) -> P:
     """Where a weight lives between its uses."""
     return spec(*_axes(variable), mesh=mesh)
 
 
-def compute_spec(variable: nnx.Variable, mesh: jax.sharding.Mesh | None = None) -> P:
+def compute_spec(variable: nnx.Variable, mesh: AnyMesh | None = None) -> P:
     """Where a weight lies while it is used: no longer cut as ZeRO-3 cuts it."""
     axes = (None if axis in GATHERED else axis for axis in _axes(variable))
     return spec(*axes, mesh=mesh)
@@ -362,24 +367,24 @@ def _pieces(axis, by, where, summed_over, _, grad):
 _joined.defvjp(lambda x, *how: (_joined(x, *how), None), _pieces)
 
 
-def shardings(module, mesh: jax.sharding.Mesh):
-    """The stored sharding of every variable of a (possibly abstract) module, in its structure.
+def shardings(module, mesh: AnyMesh):
+    """The stored sharding of every leaf of a (possibly abstract) module or training state.
 
+    Counters and other arrays that are no variables lie whole on every device.
     Raises ValueError naming the weight whose dimension does not divide over its mesh axis.
     """
     return _placed(module, mesh, stored_spec)
 
 
-def serving_shardings(module, mesh: jax.sharding.Mesh):
-    """As `shardings`, for generation: weights lie as they are used, none is gathered for a token.
-
-    Only `expert` and `tensor` cut weights; each device has all others whole.
-    """
+def serving_shardings(module, mesh: AnyMesh):
+    """As `shardings`, for generation: weights lie as they are used, so that none is gathered."""
     return _placed(module, mesh, compute_spec)
 
 
-def _placed(module, mesh: jax.sharding.Mesh, spec_of: Callable):
-    def one(path, variable: nnx.Variable):
+def _placed(module, mesh: AnyMesh, spec_of: Callable):
+    def one(path, variable):
+        if not is_variable(variable):
+            return NamedSharding(mesh, P())
         partition = spec_of(variable, mesh)
         for size, names in zip(variable.get_value().shape, partition, strict=True):
             names = axes_of(names)

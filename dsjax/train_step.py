@@ -59,14 +59,12 @@ def init_state(run: Run) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), model, opt_state)
 
 
-def state_shardings(run: Run, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where every array of the state lives; moments lie as their weights do."""
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+def state_shardings(run: Run, mesh: sharding.AnyMesh) -> TrainState:
+    """Where every array of the state lives; moments lie as their weights do.
 
-    def of(node):
-        return sharding.shardings(node, mesh) if sharding.is_variable(node) else replicated
-
-    return jax.tree.map(of, jax.eval_shape(lambda: init_state(run)), is_leaf=sharding.is_variable)
+    Raises ValueError naming the weight whose dimension does not divide over its mesh axis.
+    """
+    return sharding.shardings(jax.eval_shape(lambda: init_state(run)), mesh)
 
 
 def make_init(run: Run, placement: TrainState) -> Callable[[], TrainState]:
@@ -115,7 +113,9 @@ def _accumulated(function: Callable[[Batch], tuple], batch: Batch, used: Int[Arr
     def add(index, total):
         return jax.tree.map(jnp.add, total, function(micro(index)))
 
-    shapes = jax.eval_shape(lambda: function(micro(0)))
+    # Inlined, it is the same program; but a function that jit knows is traced once for both uses.
+    function = jax.jit(function, inline=True)
+    shapes = jax.eval_shape(lambda: function(micro(jnp.int32(0))))
     return jax.lax.fori_loop(0, used, add, jax.tree.map(jnp.zeros_like, shapes))
 
 

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import operands
 from pallas_kernels.fp8_grouped_matmul import fp8_sorted_matmul
-from pallas_kernels.fp8_grouped_matmul.tiles import tiles
 from pallas_kernels.fp8_grouped_wgrad import fp8_grouped_wgrad
 from pallas_kernels.grouped_matmul import grouped_wgrad
 from pallas_kernels.quantize import backend, quantize_blocks, quantize_columns, quantize_rows
 from pallas_kernels.quantize.shapes import BLOCK
+from pallas_kernels.tiles import tiles
 from pallas_kernels.varying import alike
 
 
@@ -43,8 +44,13 @@ def fp8_grouped_linear(
     """
     if weight_grad not in ("fp8", "exact"):
         raise ValueError(f"weight_grad {weight_grad!r}; there are 'fp8' and 'exact'")
-    fits = x_MK.ndim == 2 and w_GNK.ndim == 3 and x_MK.shape[1] == w_GNK.shape[2]
-    if not fits or sizes_G.shape != w_GNK.shape[:1]:
+    operands.check(
+        "fp8_grouped_linear",
+        x=(x_MK, 2, operands.NUMBERS),
+        w=(w_GNK, 3, operands.NUMBERS),
+        sizes=(sizes_G, 1, operands.COUNTS),
+    )
+    if x_MK.shape[1] != w_GNK.shape[2] or sizes_G.shape != w_GNK.shape[:1]:
         raise ValueError(
             "fp8_grouped_linear wants x [M, K], w [G, N, K], sizes [G]; got "
             f"{x_MK.shape}, {w_GNK.shape}, {sizes_G.shape}"
@@ -107,7 +113,10 @@ def _backward(weight_grad, power_of_two, x_power_of_two, implementation, saved, 
             implementation=implementation,
         )
     else:
-        dw_GNK = grouped_wgrad(dy_MN, kept, sizes_G, out_dtype=like_w.dtype)
+        # FP32 that came in is multiplied as it is, on platforms too that would round it by default.
+        exactly = "highest" if kept.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(exactly):
+            dw_GNK = grouped_wgrad(dy_MN, kept, sizes_G, out_dtype=like_w.dtype)
     return dx_MK, dw_GNK, None
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels import operands
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.quantize import (
     backend,
@@ -36,7 +37,9 @@ def fp8_linear(
     """
     if weight_grad not in ("fp8", "exact"):
         raise ValueError(f"weight_grad {weight_grad!r}; there are 'fp8' and 'exact'")
-    if x_MK.ndim != 2 or w_NK.ndim != 2 or x_MK.shape[1] != w_NK.shape[1]:
+    numbers = operands.NUMBERS
+    operands.check("fp8_linear", x=(x_MK, 2, numbers), w=(w_NK, 2, numbers))
+    if x_MK.shape[1] != w_NK.shape[1]:
         raise ValueError(f"fp8_linear wants x [M, K], w [N, K]; got {x_MK.shape}, {w_NK.shape}")
     return _linear(*alike(x_MK, w_NK), weight_grad, power_of_two, implementation)
 
@@ -72,7 +75,9 @@ def _backward(weight_grad, power_of_two, implementation, saved, dy_MN):
     else:
         dy = quantize_rows(dy_MN, **how)
         dw_NK = lax.dot_general(
-            dy_MN, kept, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            *(dy_MN, kept, (((0,), (0,)), ((), ()))),
+            precision=operands.precision(kept.dtype),
+            preferred_element_type=jnp.float32,
         ).astype(like_w.dtype)
     # Blocks of 128x128 are blocks of the transposed matrix, too.
     w = w_NK.T, w_scales.T

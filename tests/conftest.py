@@ -63,6 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=golden.COMMITTED,
         help="folder of goldens (default: tests/golden)",
     )
+    parser.addoption("--part", default="0/1", help="I/N: the I-th (from 0) of N parts")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,6 +73,28 @@ def pytest_configure(config: pytest.Config) -> None:
             f"--goldens={folder} is no folder; the stored ones are {golden.COMMITTED}"
         )
     golden.use(folder)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deals out what other options have left; cases of one function share work, and stay so.
+
+    What starts processes and compiles whole steps comes first, so that at the end small tests are
+    left, which several workers share out evenly.
+    """
+    items.sort(key=lambda item: item.nodeid.partition("::")[0].count("/"))
+    try:
+        part, parts = map(int, config.getoption("part").split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 0 <= part < parts:
+        raise pytest.UsageError(f"--part={config.getoption('part')} is no I/N with 0 <= I < N")
+    functions = sorted({item.nodeid.partition("[")[0] for item in items})
+    chosen = set(functions[part::parts])
+    others = [item for item in items if item.nodeid.partition("[")[0] not in chosen]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.nodeid.partition("[")[0] in chosen]
 
 
 @pytest.fixture(scope="session")

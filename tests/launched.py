@@ -8,7 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,3 +87,17 @@ def records(run_dir: Path) -> list[dict]:
     file = run_dir / "metrics.jsonl"
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def drawn_moments(state: Any) -> Any:
+    """A training state whose optimizer holds no number twice; at step 0 all are zero.
+
+    Of several processes each has its part of the same numbers.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(old: jax.Array) -> jax.Array:
+        values = (rng.random(old.shape) * 100).astype(old.dtype)
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda index: values[index])
+
+    return state._replace(opt_state=jax.tree.map(drawn, state.opt_state))

@@ -1,7 +1,16 @@
-"""The smallest run with every part of V3, for tests that start real processes."""
+"""The smallest run with experts and MTP, for tests that start real processes."""
 
-from dsjax.config import Block, Dense, LayerGroup, Mla, Model, Moe, SigmoidRouter
-from dsjax.run import BatchShape, Checkpoint, Evaluation, LearningRate, Optim, Run, StandardLibrary
+from dsjax.config import Block, LayerGroup, Mla, Model, Moe, SigmoidRouter
+from dsjax.run import (
+    BatchShape,
+    Checkpoint,
+    Evaluation,
+    LearningRate,
+    Optim,
+    Run,
+    Sample,
+    StandardLibrary,
+)
 
 attention = Mla(
     num_heads=2,
@@ -24,16 +33,11 @@ run = Run(
     model=Model(
         vocab_size=264,
         hidden_size=16,
-        layers=(
-            LayerGroup(
-                repeat=1, pattern=(Block(attention=attention, ffn=Dense(intermediate_size=32)),)
-            ),
-            LayerGroup(repeat=2, pattern=(sparse,)),
-        ),
+        layers=(LayerGroup(repeat=2, pattern=(sparse,)),),
         mtp=(sparse,),
         initializer_std=0.02,
     ),
-    data=StandardLibrary(),
+    data=StandardLibrary(held_out=0.01),
     batch=BatchShape(size=8, length=32, micro=4, ramp_from=4, ramp_until=0.5),
     optim=Optim(learning_rate=LearningRate(peak=3e-3, warmup_steps=4)),
     steps=24,
@@ -42,4 +46,5 @@ run = Run(
     remat="none",
     checkpoint=Checkpoint(every=5),
     evaluation=Evaluation(every=12, batches=2),
+    sample=Sample(max_new_tokens=8),
 )

@@ -72,11 +72,16 @@ def test_the_bytes_are_those_on_disk(directory, kept):
 
 
 def test_multiplied_out_they_are_the_weights(kept, wide):
-    plain = dict(names.variables(wide))
-    for path, weight in stored(kept).items():
+    plain, weights = dict(names.variables(wide)), stored(kept)
+    # All at once: one by one, every shape would be compiled for itself.
+    multiply = jax.jit(
+        lambda weights: {path: weight.whole(jnp.float32) for path, weight in weights.items()},
+        compiler_options=FAST_COMPILE,
+    )
+    for path, found in multiply(weights).items():
         expected = plain[path].get_value()
-        np.testing.assert_array_equal(weight.whole(jnp.float32), expected)
-        assert weight.shape == expected.shape
+        np.testing.assert_array_equal(found, expected)
+        assert weights[path].shape == expected.shape
 
 
 def test_logits_are_those_of_the_weights_multiplied_out(kept, wide):

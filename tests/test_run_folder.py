@@ -7,6 +7,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dsjax.checkpoint import Checkpoints
+from dsjax.cli import main
 from dsjax.run import Checkpoint
 from dsjax.run_file import load, to_json
 from dsjax.run_folder import RunFolder
@@ -96,8 +97,20 @@ def test_files_that_grow_are_copied_to_the_url_and_fetched_back(bucket, run, tmp
     assert again.began == began
 
 
-def test_a_missing_package_is_told(run, tmp_path, monkeypatch):
+def test_generate_takes_the_url_of_a_run(bucket, run, capsys):
+    folder = epath.Path("gs://bucket/some/run")
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(to_json(run))
+    told = {"run": "has no complete checkpoint yet", "nothing": "is no directory"}
+    for name, complaint in told.items():
+        assert main(["generate", f"gs://bucket/some/{name}", "--prompt", "a"]) == 2
+        assert f"dsjax: gs://bucket/some/{name} {complaint}" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = dataclasses.replace(run, run_dir="s3://bucket/run")
     with pytest.raises(ValueError, match="pip install s3fs"):
         RunFolder(run.run_dir).claim(run)
+    assert main(["generate", "s3://bucket/run", "--prompt", "a"]) == 2
+    assert "pip install s3fs" in capsys.readouterr().err

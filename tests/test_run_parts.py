@@ -3,17 +3,19 @@
 import json
 import math
 from dataclasses import fields
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from dsjax import batches, metrics, sharding
+from dsjax import batches, metrics, optim, plots, sharding
 from dsjax.config import Mla
 from dsjax.data import Row
 from dsjax.guard import LossGuard
 from dsjax.model import REMAT
 from dsjax.nn import precision
-from dsjax.run import PRECISIONS, REMATS, BatchShape, Guard, profiled_steps
+from dsjax.nn.dispatch import TRANSPORTS
+from dsjax.run import DISPATCHES, PRECISIONS, REMATS, BatchShape, Guard, Optim, profiled_steps
 
 ATTENTION = Mla(
     num_heads=1,
@@ -32,6 +34,23 @@ def test_metrics_read_back_bit_identical(tmp_path):
         log.write({"step": step, "loss": value, "load_entropy": [value, 1.0]})
     log.close()
     assert [record["loss"] for record in metrics.read(tmp_path)] == values
+
+
+def test_what_is_not_finite_is_null_and_reads_back_as_nan(tmp_path):
+    """As strict JSON has it; whoever reads the records meets numbers only."""
+    log = metrics.MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": math.nan, "load_max_over_mean": [1.0, -math.inf]})
+    log.write({"step": 2, "loss": 1.5, "load_max_over_mean": [1.0, 2.0]})
+    log.close()
+    first, second = (tmp_path / metrics.METRICS_FILE).read_text().splitlines()
+    assert first == '{"step": 1, "loss": null, "load_max_over_mean": [1.0, null]}'
+    assert json.loads(second)["loss"] == 1.5
+    record, _ = records = metrics.read(tmp_path)
+    assert record["step"] == 1 and math.isnan(record["loss"])
+    assert record["load_max_over_mean"][0] == 1.0 and math.isnan(record["load_max_over_mean"][1])
+    plots.loss_curve(records, tmp_path / "loss.png", bigram_bits=None)
+    metrics.MetricsLog(tmp_path, step=1).close()
+    assert [record["step"] for record in metrics.read(tmp_path)] == [1]
 
 
 def test_reopened_log_forgets_the_steps_that_run_again(tmp_path):
@@ -87,11 +106,15 @@ def test_load_statistics_by_hand():
     on_two = metrics.load_statistics([stack, np.array([17.0, 1.0, 1.0, 0.0])], devices=2)
     assert on_two["load_device_max_over_mean"] == pytest.approx([1.0, 2.0, 2 * 18 / 19])
     assert metrics.load_statistics([]) == {}
+    assert metrics.load_statistics([np.array([7.0])])["load_entropy"] == [1.0]
 
 
-def test_every_precision_and_remat_of_a_run_has_its_meaning():
+def test_every_precision_remat_dispatch_and_schedule_of_a_run_has_its_meaning():
     assert set(PRECISIONS) == set(precision.PRECISIONS)
     assert set(REMATS) == set(REMAT)
+    assert set(DISPATCHES) == {"auto"} | set(TRANSPORTS)
+    (schedules,) = (f.type for f in fields(Optim) if f.name == "learning_rate")
+    assert set(get_args(schedules)) == set(optim.SCHEDULES)
 
 
 def test_guard_stops_on_what_is_not_finite_and_on_spikes():

@@ -1,7 +1,9 @@
 """One device and eight virtual ones compute the same: loss, gradients, and the next state."""
 
 import functools
+import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +32,14 @@ MESHES = {
 pytestmark = pytest.mark.usefixtures("uncached")
 
 
-def v3_run(model: Model) -> Run:
+def v3_run(model: Model, remat: str = "full") -> Run:
     # Adam with an eps that large makes the first update the gradient itself, up to a factor; and
     # with that rate an error in it would show in the weights.
     rate = LearningRate(peak=1.0, warmup_steps=0)
     return drawn.run(
         model,
         optim=Optim(learning_rate=rate, eps=1.0, beta2=0.0, clip_norm=1e9),
-        remat="full",
+        remat=remat,
     )
 
 
@@ -62,17 +64,17 @@ def stepped(run: Run, mesh: jax.sharding.Mesh | None):
 
 
 @functools.cache
-def on_one_device(model: Model):
-    return stepped(v3_run(model), None)
+def on_one_device(run: Run):
+    return stepped(run, None)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "data 2, fsdp 2, expert 2",
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in list(MESHES)[1:]),
-    ],
-)
+def test_a_step_is_the_same_on_a_mesh():
+    # Without recomputing there is less to compile; the others below recompute.
+    compare_a_step(drawn.model(repeat=2), {"data": 2, "fsdp": 2, "expert": 2}, remat="none")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MESHES)
 def test_a_step_is_the_same_on_every_mesh(name):
     compare_a_step(drawn.model(repeat=2), MESHES[name])
 
@@ -83,13 +85,14 @@ def test_compressed_queries_and_experts_in_mtp_too():
     compare_a_step(model, {"context": 2, "tensor": 2, "expert": 2})
 
 
-def compare_a_step(model: Model, mesh: dict[str, int]) -> None:
-    known, _ = on_one_device(model)
-    found, program = stepped(v3_run(model), sharding.make_mesh(**mesh))
+def compare_a_step(model: Model, mesh: dict[str, int], remat: str = "full") -> None:
+    run = v3_run(model, remat)
+    known, _ = on_one_device(run)
+    found, program = stepped(run, sharding.make_mesh(**mesh))
     if mesh in ({"fsdp": 8}, {"expert": 8}):
         check_traffic(program, model, by_experts="expert" in mesh)
     assert found.keys() == known.keys()
-    start = drawn.leaves((drawn.state(v3_run(model), SEED), {}))
+    start = drawn.leaves((drawn.state(run, SEED), {}))
     for path, value in known.items():
         # The first moment is a tenth of the gradient.
         assert rel_err(found[path], value) < 10 * TOLERANCE["f32"], path
@@ -165,6 +168,53 @@ def test_make_mesh_fills_the_rest_and_keeps_every_axis():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
     fields = MeshShape.__dataclass_fields__
     assert tuple(fields) == sharding.AXES == tuple(mesh.axis_names)
+
+
+def slices_of_v5p(number: int) -> list:
+    """The devices of `number` TPU slices of 2x2x2 chips, all that a mesh is arranged by."""
+    return [
+        mock.Mock(
+            spec=jax.Device,
+            platform="tpu",
+            device_kind="TPU v5p",
+            slice_index=place // 8,
+            coords=[place >> bit & 1 for bit in range(3)],
+            core_on_chip=0,
+        )
+        for place in range(8 * number)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "crossing"),
+    [
+        ({"data": 2, "fsdp": 4, "tensor": 2}, "data"),
+        ({"fsdp": 8, "context": 2}, "fsdp"),
+        ({"expert": 16}, "expert"),  # as experts of 128 GPUs lie
+        # Two of the four slices by each.
+        ({"data": 2, "fsdp": 2, "expert": 2, "tensor": 4}, "data fsdp"),
+    ],
+    ids=str,
+)
+def test_the_first_axes_cross_from_slice_to_slice(sizes, crossing):
+    shape = [sizes.get(name, 1) for name in sharding.AXES]
+    mesh = sharding.make_mesh(slices_of_v5p(math.prod(shape) // 8), **sizes)
+    places = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    changing = [
+        name for axis, name in enumerate(sharding.AXES) if (places != places.take([0], axis)).any()
+    ]
+    assert changing == crossing.split()
+    # Half of an axis, not every other device of it.
+    assert all((np.diff(places, axis=axis) >= 0).all() for axis in range(places.ndim))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor": 16}, {"context": 16}, {"tensor": 8, "context": 2}], ids=str
+)
+def test_neither_heads_nor_sequences_reach_into_another_slice(sizes):
+    told = r"laid over 2 slices.*make mesh.data, fsdp or expert 2 times as large"
+    with pytest.raises(ValueError, match=told):
+        sharding.make_mesh(slices_of_v5p(2), **sizes)
 
 
 def test_a_dimension_that_does_not_divide_is_named():

@@ -13,6 +13,7 @@ import pytest
 
 import convert_weights
 import train as trainer
+from tests.data.corpus import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MICRO = "tests/micro_run.py"
@@ -166,6 +167,7 @@ def test_keeps_only_the_newest_checkpoints(undisturbed):
     assert kept == [15, 20, 24]
 
 
+@pytest.mark.thorough
 def test_printed_command_prints_the_same_sample(finished, compiled):
     sample, _, shown = finished[1].rpartition("more of it: ")
     more = subprocess.run(
@@ -183,7 +185,9 @@ def test_printed_command_prints_the_same_sample(finished, compiled):
 def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
     done = train(tmp_path, compiled, "optim.learning_rate.peak=1e30", "optim.eps=1e-30", of=SMALL)
     assert done.returncode == 3
-    assert "not finite" in done.stderr or "guard.spike" in done.stderr
+    # A higher guard.spike lets no such step pass.
+    assert "are not finite" in done.stderr and "guard.spike" not in done.stderr
+    assert f"init_from={tmp_path} run_dir=NEW" in done.stderr
     (report,) = tmp_path.glob("stopped_at_step_*.json")
     blamed = json.loads(report.read_text())
     assert blamed["batch"][0]["document"] in done.stderr
@@ -210,7 +214,10 @@ def test_wrong_input_is_one_clear_error(arguments, told, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argument", "told"),
-    [("mesh.tensor=3", "mesh.tensor=3"), ("sample.max_new_tokens=9999", "9999")],
+    [
+        ("mesh.tensor=3", "mesh.tensor=3"),
+        pytest.param("sample.max_new_tokens=9999", "9999", marks=pytest.mark.thorough),
+    ],
 )
 def test_what_devices_and_data_do_not_allow_too(argument, told, compiled, tmp_path):
     done = train(tmp_path, compiled, argument)
@@ -229,6 +236,37 @@ data = Files(path={folder!r}, tokenizer={tokenizer!r}, text_field="body", held_o
 small = runpy.run_path("tests/small_run.py")["run"]
 run = dataclasses.replace(small, data=data, steps=4, mesh=type(small.mesh)())
 """
+
+
+def test_a_document_of_the_bigram_is_read_before_the_training(compiled, tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"body": "fine"}\n' * 30 + "no JSON\n")
+    run_file = tmp_path / "files_run.py"
+    run_file.write_text(FILES_RUN.format(folder=str(folder), tokenizer=str(tokenizer)))
+    enough = "model.vocab_size=300"
+    done = train(tmp_path / "run", compiled, "data.held_out=0.0", enough, of=(str(run_file),))
+    assert done.returncode == 2, done.stderr
+    assert "a.jsonl:31 is not valid JSON" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.thorough
+def test_a_document_that_only_the_training_finds_stops_with_a_way_out(compiled, tmp_path):
+    """Bytes that the bigram counts, and that are no text."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    run_file = tmp_path / "files_run.py"
+    run_file.write_text(FILES_RUN.format(folder=str(folder), tokenizer=str(tokenizer)))
+    keys = ["data.held_out=0.0", "model.vocab_size=300"]
+    done = train(tmp_path / "run", compiled, *keys, of=(str(run_file),))
+    assert done.returncode == 3, done.stderr
+    assert "latin.txt:0 is not UTF-8" in done.stderr and "Traceback" not in done.stderr
+    assert "Mend or remove it, and repeat the command" in done.stderr
+    assert "there will be no held-out loss: data.held_out=0.0 leaves no row" in done.stdout
 
 
 @pytest.mark.thorough
@@ -277,6 +315,19 @@ def test_other_values_in_the_same_folder_are_refused(undisturbed, compiled):
     done = train(undisturbed, compiled, "seed=5")
     assert done.returncode == 2
     assert "seed" in done.stderr
+
+
+@pytest.mark.thorough
+def test_a_run_continues_with_other_micro_batches(compiled, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run_dir, changes in ((whole, []), (parts, ["steps=4"]), (parts, ["batch.micro=2"])):
+        done = train(run_dir, compiled, *changes, of=SMALL)
+        assert done.returncode == 0, done.stderr
+    assert "continuing after step 4" in done.stdout
+    mine, other = losses(parts), losses(whole)
+    assert mine.keys() == other.keys() == set(range(1, 9))
+    # FP32 sums over four parts of the batch in place of two.
+    np.testing.assert_allclose(list(mine.values()), list(other.values()), rtol=1e-6)
 
 
 def test_help_lists_every_key():

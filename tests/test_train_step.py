@@ -60,7 +60,7 @@ def assert_same(one, other):
         assert rel_err(value, expected) < TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize("micros", [2, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("micros", [4, pytest.param(2, marks=pytest.mark.thorough)])
 def test_micro_batches_add_up_to_the_whole_batch(micros):
     # Documents and padding differ between the parts, so means of means would be something else.
     run, whole = plain_run(), drawn.batch(1)
@@ -117,6 +117,7 @@ def test_bias_rate_and_mtp_weight_follow_the_run():
         assert int(after.step) == at + 1
 
 
+@pytest.mark.thorough
 def test_the_objective_has_no_gradient_in_the_bias():
     run, batch = plain_run(), jax.tree.map(lambda x: x[0], drawn.batch(1))
 

@@ -22,7 +22,7 @@ class Dataset:
     """Documents split in two by a fixed rule, and the tokenizer that turns them into rows of T.
 
     `train`, `held_out`: document numbers, disjoint. `source`: fingerprint of both. `streams`: how
-    many packers the training rows come from in turn.
+    many packers the training rows come from in turn; None leaves that to whoever asks for them.
     """
 
     documents: Documents
@@ -31,10 +31,13 @@ class Dataset:
     train: np.ndarray
     held_out: np.ndarray
     source: str
-    streams: int
+    streams: int | None
 
-    def train_rows(self, seed: int) -> RowIterator:
-        """Endless rows of the training documents, shuffled anew by `seed` in every epoch."""
+    def train_rows(self, seed: int, *, streams: int = 1) -> RowIterator:
+        """Endless rows of the training documents, shuffled anew by `seed` in every epoch.
+
+        `streams` counts where `data.streams` is None.
+        """
         return RowIterator(
             self.documents,
             self.train,
@@ -42,7 +45,7 @@ class Dataset:
             length=self.length,
             seed=seed,
             source=self.source,
-            streams=self.streams,
+            streams=self.streams or streams,
         )
 
     def held_out_rows(self, count: int) -> list[Row]:
@@ -82,7 +85,7 @@ def open_data(spec: StandardLibrary | Files, *, length: int, vocab_size: int) ->
         raise ValueError(f"length={length} must be at least 1 token")
     if not 0.0 <= spec.held_out < 1.0:
         raise ValueError(f"data.held_out={spec.held_out} is a share: 0.0 or more and below 1.0")
-    if spec.streams < 1:
+    if spec.streams is not None and spec.streams < 1:
         raise ValueError(f"data.streams={spec.streams} must be at least 1")
     match spec:
         case StandardLibrary():
@@ -90,7 +93,7 @@ def open_data(spec: StandardLibrary | Files, *, length: int, vocab_size: int) ->
             fingerprint = f"StandardLibrary:{documents.fingerprint()}"
         case Files():
             tokenizer = load_tokenizer(spec.tokenizer)
-            tokenizer.encode_document("")  # Refuses here, not at step 0, what has no end token.
+            _check_tokenizer(tokenizer, spec.tokenizer)
             documents = folder_documents(spec.path, spec.text_field)
             fingerprint = f"Files:{spec.text_field}:{documents.fingerprint()}"
     if tokenizer.num_tokens > vocab_size:
@@ -113,3 +116,15 @@ def open_data(spec: StandardLibrary | Files, *, length: int, vocab_size: int) ->
         source=f"{fingerprint}:held_out={spec.held_out}",
         streams=spec.streams,
     )
+
+
+def _check_tokenizer(tokenizer: HuggingFace, path: str) -> None:
+    """ValueError now, not at step 0 or after all of them, if it lacks what a run asks it for."""
+    tokenizer.encode_document("")
+    try:
+        _ = tokenizer.bytes_per_token
+    except KeyError as error:
+        raise ValueError(
+            f"data.tokenizer={path}: a token holds {error}, which is no byte in the spelling of "
+            "byte-level BPE, its decoder; give the tokenizer.json as it was published"
+        ) from error

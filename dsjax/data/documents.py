@@ -23,6 +23,21 @@ NOT_LIBRARY = {
 }
 
 
+class Unreadable(ValueError):
+    """A document that is no text, or that is gone; the message says where it stood."""
+
+
+def mending(anew: str | None) -> str:
+    """What to do about one. `anew`: the keys of a new run from the newest checkpoint, if any."""
+    if anew is None:
+        return "Mend or remove it, and repeat the command"
+    return (
+        "Mended with its file as long as before (spaces over what is broken), the same command "
+        "continues. Any other change makes other data, in which no checkpoint has a place: begin "
+        f"a new run from the weights of the last one, {anew}"
+    )
+
+
 class Documents:
     """All documents of some files, numbered through in the order of the files."""
 
@@ -34,8 +49,15 @@ class Documents:
         return int(self._starts[-1])
 
     def read(self, document: int) -> bytes:
+        """Unreadable if its file does not hold it any more, or holds no text there."""
         file, index = self._find(document)
-        return file.read(index)
+        try:
+            return file.read(index)
+        except (ValueError, OSError) as error:
+            told = str(error)
+            # Errors of the Parquet library do not name the file.
+            where = "" if str(file.path) in told else f"{file.locate(index)}: "
+            raise Unreadable(where + told) from error
 
     def locate(self, document: int) -> str:
         """Where a person finds it: "path:byte_offset", or "path:row 7" in Parquet."""

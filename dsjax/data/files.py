@@ -128,7 +128,9 @@ class ParquetRows:
     """
 
     def __init__(self, path: Path, name: str, text_field: str, row_group: Callable[..., Any]):
-        """ValueError if the file is no Parquet, or `text_field` is not a column of strings."""
+        """ValueError if the file is no Parquet, if `text_field` is not a column of strings, or if
+        pyarrow is not installed.
+        """
         self.path = path
         self.name = name
         self._text_field = text_field
@@ -160,12 +162,12 @@ def row_group_cache() -> Callable[..., Any]:
 
 
 def _read_row_group(path: Path, group: int, column: str):
-    with _parquet().ParquetFile(path) as file:
+    with _parquet(path).ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(0)
 
 
 def _row_group_sizes(path: Path, text_field: str) -> list[int]:
-    parquet = _parquet()
+    parquet = _parquet(path)
     import pyarrow
 
     try:
@@ -184,9 +186,11 @@ def _row_group_sizes(path: Path, text_field: str) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def _parquet():
+def _parquet(path: Path):
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Reading .parquet files needs pyarrow: pip install pyarrow") from error
+        raise ValueError(
+            f"{path} cannot be read without pyarrow ({error}): pip install pyarrow"
+        ) from error
     return pyarrow.parquet

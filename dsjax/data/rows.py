@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from dsjax.data.documents import Documents
+from dsjax.data.documents import Documents, Unreadable
 from dsjax.data.tokenizers import Bytes, HuggingFace
 
 # Columns of the array that goes through grain's packer, which splits all of them alike.
@@ -188,7 +188,7 @@ def _packed(
         try:
             tokens = tokenizer.encode_document(documents.read(number))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{documents.locate(number)} is not UTF-8: {error}") from error
+            raise Unreadable(f"{documents.locate(number)} is not UTF-8: {error}") from error
         piece = np.empty((len(tokens), 3), np.int32)
         piece[:, TOKEN] = tokens
         piece[:, DOCUMENT] = number

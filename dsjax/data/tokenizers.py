@@ -65,22 +65,30 @@ class HuggingFace:
     """
 
     def __init__(self, path: str | Path):
-        """ValueError if a named begin or end token is not in the vocabulary."""
+        """ValueError if a file is broken or a named begin or end token not in the vocabulary."""
         import tokenizers
 
         path = Path(path)
         raw = path.read_bytes()
-        self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        # The library raises Exception itself, nothing narrower.
+        except Exception as error:
+            raise ValueError(
+                f"{path} is no tokenizer ({error}); download the published tokenizer.json again"
+            ) from error
         # A published file may ask for cut or padded encodings; documents are neither.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._definition = json.loads(raw)
         self._path = path
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{path} has an empty vocabulary; give the tokenizer.json of a model")
         self.num_tokens = max(vocabulary.values()) + 1
 
         beside = path.with_name(path.name.replace("tokenizer.json", "tokenizer_config.json"))
-        config = json.loads(beside.read_bytes()) if beside != path and beside.is_file() else {}
+        config = _read_config(beside) if beside != path and beside.is_file() else {}
         self.bos_id = self._special(config, "bos_token", beside)
         self.eos_id = self._special(config, "eos_token", beside)
         by_template = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
@@ -134,6 +142,8 @@ class HuggingFace:
             token = token.get("content")
         if token is None:
             return None
+        if not isinstance(token, str):
+            raise ValueError(f"{source}: {key} is {config[key]!r}; it must be a text or null")
         number = self._tokenizer.token_to_id(token)
         if number is None:
             raise ValueError(f"{source}: {key} {token!r} is not in the vocabulary of {self._path}")
@@ -166,6 +176,19 @@ def load_tokenizer(path: str | Path) -> HuggingFace:
             f"no tokenizer at {str(path)!r}; give a Hugging Face tokenizer.json or its directory"
         )
     return HuggingFace(file)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not readable JSON ({error}); download the published one again, or remove "
+            "it to have no begin- and end-of-document tokens"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a JSON {type(config).__name__}; it must be an object")
+    return config
 
 
 def _piece(pieces: list[bytes], token: int | np.integer) -> bytes:

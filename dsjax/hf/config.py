@@ -54,6 +54,8 @@ YARN_FIELDS = {
     *("beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim"),
     "original_max_position_embeddings",
 }
+# Counts that may be 0; no model is made of any other.
+MAY_BE_ZERO = {"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}
 # Far more than any published model has: a file that says more would fill the memory with names.
 MOST = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 100}
 MOST_EXPERTS = 1_000_000
@@ -164,6 +166,8 @@ def _attention(fields: dict) -> config.Mla:
     for name, (value, source) in derived.items():
         if fields.get(name, value) != value:
             raise _refusal(name, fields[name], f"it must be {value}, the {source}")
+    if rotary % 2:
+        raise _refusal("qk_rope_head_dim", rotary, "rotation works on pairs, so it must be even")
     query_rank = _needed(fields, "q_lora_rank")
     return config.Mla(
         num_heads=heads,
@@ -185,7 +189,8 @@ def _rope(fields: dict) -> config.Rope:
     if given and not isinstance(fields[name], Mapping):
         raise _refusal(name, fields[name], "it must be an object of fields")
     inside = dict(fields[name]) if given else {}
-    thetas = [_float(d, "rope_theta") for d in (inside, fields) if d.get("rope_theta") is not None]
+    given_in = [d for d in (inside, fields) if d.get("rope_theta") is not None]
+    thetas = [_float(d, "rope_theta", above=1) for d in given_in]
     if not thetas or len(set(thetas)) > 1:
         raise _refusal("rope_theta", thetas or None, "there must be one base of the frequencies")
     inside.pop("rope_theta", None)
@@ -202,14 +207,20 @@ def _rope(fields: dict) -> config.Rope:
             raise _refusal(f"{name}.{key}", value, f"unknown for rope type {kind!r}")
     if not allowed:
         return config.Rope(theta=thetas[0])
+    # Under their full names, as refusals say them.
+    inside = {f"{name}.{key}": value for key, value in inside.items()}
+    fast = _float(inside, f"{name}.beta_fast", 32.0, above=0)
+    slow = _float(inside, f"{name}.beta_slow", 1.0, above=0)
+    if fast < slow:
+        raise _refusal(f"{name}.beta_fast", fast, f"it must be at least beta_slow={slow}")
     yarn = config.Yarn(
-        factor=_float(inside, "factor"),
-        original_context=_int(inside, "original_max_position_embeddings"),
-        beta_fast=_float(inside, "beta_fast", 32.0),
-        beta_slow=_float(inside, "beta_slow", 1.0),
+        factor=_float(inside, f"{name}.factor", above=0),
+        original_context=_int(inside, f"{name}.original_max_position_embeddings"),
+        beta_fast=fast,
+        beta_slow=slow,
         # DeepSeek's published code defaults to 1 and 0: without the latter no m^2 on the scores.
-        mscale=_float(inside, "mscale", 1.0),
-        mscale_all_dim=_float(inside, "mscale_all_dim", 0.0),
+        mscale=_float(inside, f"{name}.mscale", 1.0),
+        mscale_all_dim=_float(inside, f"{name}.mscale_all_dim", 0.0),
     )
     return config.Rope(theta=thetas[0], yarn=yarn)
 
@@ -225,22 +236,39 @@ def _moe(fields: dict) -> config.Moe:
     else:
         _one_of(fields, "scoring_func", ["sigmoid"], "sigmoid")
         method = _one_of(fields, "topk_method", ["noaux_tc"], "noaux_tc")
-    grouped = method != "greedy"
+    experts, groups, kept = _int(fields, "n_routed_experts"), 1, 1
+    if method != "greedy":
+        groups, kept = _groups(fields, experts, fewest=1 if is_v2 else 2)
+    chosen, available = _int(fields, "num_experts_per_tok"), experts // groups * kept
+    if chosen > available:
+        rule = f"{kept} of {groups} groups of n_routed_experts={experts} leave only {available}"
+        raise _refusal("num_experts_per_tok", chosen, rule)
     router = config.SoftmaxRouter if is_v2 else config.SigmoidRouter
     return config.Moe(
-        num_experts=_int(fields, "n_routed_experts"),
-        num_chosen=_int(fields, "num_experts_per_tok"),
+        num_experts=experts,
+        num_chosen=chosen,
         num_shared=0
         if fields.get("n_shared_experts") is None
         else _int(fields, "n_shared_experts"),
         intermediate_size=_int(fields, "moe_intermediate_size"),
         router=router(
-            num_groups=_int(fields, "n_group") if grouped else 1,
-            kept_groups=_int(fields, "topk_group") if grouped else 1,
+            num_groups=groups,
+            kept_groups=kept,
             normalize=normalize,
             scale=scale,
         ),
     )
+
+
+def _groups(fields: dict, experts: int, *, fewest: int) -> tuple[int, int]:
+    """Groups of at least `fewest` experts (as many as a group's score sums), and how many stay."""
+    groups, kept = _int(fields, "n_group"), _int(fields, "topk_group")
+    if experts % groups or experts // groups < fewest:
+        rule = f"it must cut n_routed_experts={experts} into equal groups of at least {fewest}"
+        raise _refusal("n_group", groups, rule)
+    if kept > groups:
+        raise _refusal("topk_group", kept, f"it must be at most n_group={groups}")
+    return groups, kept
 
 
 def _refusal(name: str, value: Any, rule: str) -> ValueError:
@@ -273,17 +301,22 @@ def _needed(fields: Mapping[str, Any], name: str, default: Any = None) -> Any:
 
 def _int(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = _needed(fields, name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _refusal(name, value, "it must be a whole number of at least 0")
+    least = 0 if name in MAY_BE_ZERO else 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _refusal(name, value, f"it must be a whole number of at least {least}")
     if value > (most := MOST.get(name, 2**31 - 1)):
         raise _refusal(name, value, f"it must be at most {most}")
     return value
 
 
-def _float(fields: Mapping[str, Any], name: str, default: float | None = None) -> float:
+def _float(
+    fields: Mapping[str, Any], name: str, default: float | None = None, above: int | None = None
+) -> float:
     value = _needed(fields, name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e30:
-        raise _refusal(name, value, "it must be a number of at least 0")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1e30 or (above is not None and value <= above):
+        rule = "of at least 0" if above is None else f"above {above}"
+        raise _refusal(name, value, f"it must be a number {rule}")
     return float(value)
 
 

@@ -28,6 +28,9 @@ from pallas_kernels.quantize.shapes import BLOCK
 class BlockFp8:
     """See `dsjax.nn.precision.Products`. `power_of_two`: of all scales, as V3.1 has them.
 
+    `weight_grad` "exact" multiplies a weight's gradient from the layer's input and its result's
+    gradient as they came, and keeps that input as it came: to see what FP8 does there.
+
     Scales of what travels to experts and of what SwiGLU keeps are powers of two in any case: then
     quantizing what was quantized changes nothing. Weights are cut into blocks where they lie, so a
     device's slice begins a block. Weights that are stored in FP8 are multiplied as they are; they
@@ -35,6 +38,7 @@ class BlockFp8:
     """
 
     power_of_two: bool = False
+    weight_grad: str = "fp8"
 
     def einsum(self, subscripts, x, w, *, axes=None):
         rows, inner = parts(subscripts)
@@ -45,6 +49,7 @@ class BlockFp8:
             y_MN = fp8_linear(
                 x.reshape(math.prod(x.shape[:rows]), -1),
                 _matrix(w, inner, "P" in subscripts),
+                weight_grad=self.weight_grad,
                 power_of_two=self.power_of_two,
             )
             y = y_MN.reshape(*x.shape[:rows], *_padded(w.shape[inner:], "P" in subscripts))
@@ -100,7 +105,10 @@ class BlockFp8:
         paired = w_EDX.ndim == 4
         w_EXD = jax.vmap(lambda w: _matrix(w, 1, paired))(w_EDX)
         y_UX = fp8_grouped_linear(
-            x_UD, w_EXD, size_E, power_of_two=self.power_of_two, x_power_of_two=True
+            *(x_UD, w_EXD, size_E),
+            weight_grad=self.weight_grad,
+            power_of_two=self.power_of_two,
+            x_power_of_two=True,
         )
         if not paired:
             return y_UX

@@ -26,10 +26,10 @@ from dsjax.params import normal
 
 
 class LatentCache(NamedTuple):
-    """What one layer remembers of S tokens; slot s belongs to position s."""
+    """What L layers remember of S tokens; slot s belongs to position s."""
 
-    latent_BSC: Float[Array, "B S C"]
-    rope_BSR: Float[Array, "B S R"]
+    latent_LBSC: Float[Array, "L B S C"]
+    rope_LBSR: Float[Array, "L B S R"]
 
 
 class DirectQuery(nnx.Module):
@@ -88,20 +88,24 @@ class MlaAttention(nnx.Module):
         head_dim = self.config.qk_nope_head_dim + self.config.qk_rope_head_dim
         return head_dim**-0.5 * rope.softmax_factor(self.config.rope)
 
-    def init_cache(self, batch: int, num_slots: int, dtype: jnp.dtype) -> LatentCache:
-        """An empty cache of `num_slots` tokens per row."""
-        rank, rotary = self.config.kv_lora_rank, self.config.qk_rope_head_dim
-        return LatentCache(
-            sharding.reshard(jnp.zeros((batch, num_slots, rank), dtype), "batch", None, None),
-            sharding.reshard(jnp.zeros((batch, num_slots, rotary), dtype), "batch", None, None),
-        )
+    def init_cache(
+        self, batch: int, num_slots: int, dtype: jnp.dtype, *, layers: int = 1
+    ) -> LatentCache:
+        """An empty cache of `num_slots` tokens per row, for `layers` alike."""
+        widths = self.config.kv_lora_rank, self.config.qk_rope_head_dim
+        empty = (jnp.zeros((layers, batch, num_slots, width), dtype) for width in widths)
+        return LatentCache(*(sharding.reshard(x, None, "batch", None, None) for x in empty))
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], places: Places, cache: LatentCache | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        places: Places,
+        cache: LatentCache | None = None,
+        layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         """Attention over the rows themselves, or over a cache that the tokens are first added to.
 
-        With a cache, row b must hold consecutive positions; they are the slots written.
+        With a cache, row b must hold consecutive positions; they are the slots written, of `layer`.
         """
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         query_BTNX = self.query(x_BTD)
@@ -126,10 +130,13 @@ class MlaAttention(nnx.Module):
                 scale=self.scale,
             )
         else:
-            cache = _write(cache, latent_BTC, rope_BTR, places.positions_BT[:, 0])
-            visibility = masks.over_cache(places, cache.latent_BSC.shape[1])
+            start_B = places.positions_BT[:, 0]
+            pairs = zip(cache, (latent_BTC, rope_BTR), strict=True)
+            cache = LatentCache(*(_written(*pair, start_B, layer) for pair in pairs))
+            latent_BSC, rope_BSR = (x_LBSX[layer] for x_LBSX in cache)
+            visibility = masks.over_cache(places, latent_BSC.shape[1])
             path = self.absorbed if self._absorbing_pays(x_BTD.shape[1]) else self.expanded
-            out_BTNW = path(q_nope_BTNH, q_rope_BTNR, *cache, visibility)
+            out_BTNW = path(q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, visibility)
         residual = sharding.residual(x_BTD.shape[1])
         y_BTD = products.value.einsum(
             "BTNW,NWD->BTD", out_BTNW, self.o_proj[...], axes=("batch", residual, None)
@@ -175,24 +182,25 @@ class MlaAttention(nnx.Module):
         return jnp.einsum("BTNC,CNW->BTNW", out_BTNC, up_value_CNW)
 
 
-def _write(
-    cache: LatentCache,
-    latent_BTC: Float[Array, "B T C"],
-    rope_BTR: Float[Array, "B T R"],
+def _written(
+    cache_LBSX: Float[Array, "L B S X"],
+    new_BTX: Float[Array, "B T X"],
     start_B: Int[Array, " B"],
-) -> LatentCache:
-    """Puts T consecutive tokens of each row into the cache, from slot `start_B` on."""
+    layer: int | Int[Array, ""],
+) -> Float[Array, "L B S X"]:
+    """T consecutive tokens of each row put into the cache of `layer`, from slot `start_B` on."""
 
-    def put(old_BSX, new_BTX, start_B):
-        return jax.vmap(
-            lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
-        )(old_BSX, new_BTX.astype(old_BSX.dtype), start_B)
+    def put(cache_LBSX, new_BTX, start_B, layer):
+        rows_B = jnp.arange(start_B.size, dtype=jnp.int32)
+        at_B3 = jnp.stack([jnp.full_like(rows_B, layer), rows_B, start_B], axis=1)
+        # A dynamic_update_slice for each row, as vmap has it, would turn the whole cache around.
+        windows = jax.lax.ScatterDimensionNumbers((1, 2), (0, 1), (0, 1, 2))
+        return jax.lax.scatter(
+            cache_LBSX, at_B3, new_BTX, windows, unique_indices=True, indices_are_sorted=True
+        )
 
+    lies = sharding.spec(None, "batch", None, None)
     rows, starts = sharding.spec("batch", None, None), sharding.spec("batch")
-    put = sharding.local(put, (rows, rows, starts), rows)
-    latent_BTC = sharding.reshard(latent_BTC, "batch", None, None)
-    rope_BTR = sharding.reshard(rope_BTR, "batch", None, None)
-    start_B = sharding.reshard(start_B, "batch")
-    return LatentCache(
-        put(cache.latent_BSC, latent_BTC, start_B), put(cache.rope_BSR, rope_BTR, start_B)
-    )
+    put = sharding.local(put, (lies, rows, starts, sharding.spec()), lies)
+    new_BTX = sharding.reshard(new_BTX.astype(cache_LBSX.dtype), "batch", None, None)
+    return put(cache_LBSX, new_BTX, sharding.reshard(start_B, "batch"), jnp.int32(layer))

@@ -101,10 +101,12 @@ class Precision:
 
 BF16 = jnp.dtype("bfloat16")
 
-# "fp8": the scales of DeepSeek-V3, any FP32 number. "fp8_ue8m0": those of V3.1, powers of two.
+# "fp8": the scales of DeepSeek-V3, any FP32 number. "fp8_exact_wgrad": with weights' gradients of
+# BF16, summed in FP32. "fp8_ue8m0": the scales of V3.1, powers of two.
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision(jnp.dtype("float32"), Exact()),
     "bf16": Precision(BF16, Exact()),
     "fp8": Precision(BF16, BlockFp8()),
+    "fp8_exact_wgrad": Precision(BF16, BlockFp8(weight_grad="exact")),
     "fp8_ue8m0": Precision(BF16, BlockFp8(power_of_two=True)),
 }

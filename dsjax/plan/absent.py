@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
+from dsjax import sharding
 from dsjax.plan.chips import Topology
 
 # libtpu asks the cloud who it is, and for a lock on chips, unless told.
@@ -29,9 +30,25 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
     return _tpus(topology) if topology.chip.is_tpu else _gpus(topology)
 
 
+def mesh(topology: Topology, **sizes: int) -> jax.sharding.AbstractMesh:
+    """A mesh of such devices for which a program can be lowered, but not compiled.
+
+    ValueError if `sizes`, as for `sharding.mesh_sizes`, do not fit `topology`.
+    """
+    device = jax.sharding.AbstractDevice(
+        topology.chip.kinds[0], num_cores=1, platform="tpu" if topology.chip.is_tpu else "gpu"
+    )
+    return jax.sharding.AbstractMesh(
+        tuple(sharding.mesh_sizes(topology.num_devices, **sizes).values()),
+        sharding.AXES,
+        axis_types=(jax.sharding.AxisType.Explicit,) * len(sharding.AXES),
+        abstract_device=device,
+    )
+
+
 def _tpus(topology: Topology) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise NoCompiler(f"{topology.name} needs libtpu: pip install 'dsjax[tpu]'")
+        raise NoCompiler(f"{topology.name} needs libtpu: pip install -e '.[tpu]'")
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -48,7 +65,7 @@ def _gpus(topology: Topology) -> Sequence[jax.Device]:
     except ModuleNotFoundError:
         plugin = None
     if plugin is None:
-        raise NoCompiler(f"{topology.name} needs CUDA's compiler: pip install 'dsjax[gpu]'")
+        raise NoCompiler(f"{topology.name} needs CUDA's compiler: pip install -e '.[gpu]'")
     # The platform is registered with the others.
     jax.devices()
     nodes, each = topology.shape

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax import batches, flops, sharding
+from dsjax import batches, config, flops, sharding
 from dsjax.losses import Batch
 from dsjax.model import abstract
 from dsjax.params import count
@@ -20,14 +20,35 @@ from dsjax.plan.table import Plan
 from dsjax.run import MeshShape, Run
 from dsjax.train_step import init_state, make_train_step, state_shardings
 
+# Why a compiled step computes more than the formula counts.
+RECOMPUTED = {
+    "none": (),
+    "full": ("layers computed again in backward (4/3)",),
+    "save_latents": ("layers computed again in backward (up to 4/3)",),
+    "offload": ("layers computed again in backward (4/3)",),
+}
+SCORES = "attention's scores twice in backward and above the diagonal"
+UNEVEN = "room for uneven experts"
+# Of an abstract mesh's devices, as jax calls them when it lowers for them.
+PLATFORMS = {"tpu": ("tpu",), "gpu": ("cuda",)}
 
-def lowered(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+
+def lowered(run: Run, mesh: sharding.AnyMesh) -> jax.stages.Lowered:
     """The training step of `run` on `mesh`, as StableHLO; no array is made.
 
-    Raises ValueError for a weight or a batch that does not divide over the mesh.
+    Raises ValueError for a weight or a batch that does not divide over the mesh, and for rows
+    longer than the model has positions. What comes of an abstract mesh cannot be compiled.
     """
-    with jax.set_mesh(mesh), sharding.layout(sharding.Layout(dispatch=run.dispatch)):
+    is_abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+    # As train.py has it: else TPUs round the factors to BF16 and GPUs to TF32.
+    rounding = "highest" if run.precision == "fp32" else jax.config.jax_default_matmul_precision
+    with (
+        jax.sharding.use_abstract_mesh(mesh) if is_abstract else jax.set_mesh(mesh),
+        sharding.layout(sharding.Layout(dispatch=run.dispatch)),
+        jax.default_matmul_precision(rounding),
+    ):
         batches.check_fits(run.batch)
+        batches.check_length(run.batch.length, "batch.length", run.model)
         state = laid_out(jax.eval_shape(lambda: init_state(run)), state_shardings(run, mesh))
         shape = run.batch
         rows = jax.ShapeDtypeStruct(
@@ -36,7 +57,9 @@ def lowered(run: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
             sharding=jax.NamedSharding(mesh, sharding.spec(None, "batch", "length")),
         )
         used = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
-        return make_train_step(run).lower(state, Batch(rows, rows, rows), used)
+        traced = make_train_step(run).trace(state, Batch(rows, rows, rows), used)
+        platforms = PLATFORMS[sharding.platform()] if is_abstract else None
+        return traced.lower(lowering_platforms=platforms)
 
 
 def laid_out(abstract_arrays, shardings):
@@ -68,24 +91,38 @@ def compile_step(
     """
     devices = absent.devices(topology) if devices is None else devices
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh), devices=devices)
-    shape, model = run.batch, run.model
-    weights = abstract(model)
-    per_token = flops.training_flops_per_token(model, shape.length)
     return told(
         lowered(run, mesh),
         topology,
         mesh,
         by=by,
-        title=f"{shape.size} sequences of {shape.length} tokens, {shape.micro_size} at a time",
-        parameters={
-            "main model": count(weights) - count(weights.mtp),
-            "MTP modules": count(weights.mtp),
-            "of them trained": count(weights, nnx.Param),
-        },
-        useful=per_token * shape.size * shape.length / len(devices),
-        remat=run.remat,
-        outer_trips=shape.size // shape.micro_size,
+        title=title(run),
+        parameters=parameters(run.model),
+        useful=useful(run, len(devices)),
+        beyond=(*RECOMPUTED[run.remat], SCORES, UNEVEN),
+        outer_trips=run.batch.size // run.batch.micro_size,
     )
+
+
+def title(run: Run) -> str:
+    shape = run.batch
+    return f"{shape.size} sequences of {shape.length} tokens, {shape.micro_size} at a time"
+
+
+def parameters(model: config.Model) -> dict[str, int]:
+    """How many, by kind."""
+    weights = abstract(model)
+    return {
+        "main model": count(weights) - count(weights.mtp),
+        "MTP modules": count(weights.mtp),
+        "of them trained": count(weights, nnx.Param),
+    }
+
+
+def useful(run: Run, num_devices: int) -> float:
+    """FLOPs of one step and device by the formula."""
+    per_token = flops.training_flops_per_token(run.model, run.batch.length)
+    return per_token * run.batch.size * run.batch.length / num_devices
 
 
 def told(

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from dsjax.plan.dots import flops
+from dsjax.plan.dots import flops, is_fp8
 from dsjax.plan.hlo import Instruction, Module, parse
 from dsjax.plan.loops import Frame, trip_count
 from dsjax.plan.moved import moved
@@ -17,12 +17,16 @@ CALLS = ("call", "fusion", "call-start", "async-start", "fusion-start")
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Per device and run. `traffic` by kind of collective; `notes` say what was taken for what."""
+    """Per device and run. `traffic` by kind of collective; `notes` say what was taken for what.
+
+    `fp8_flops` are those of `flops` that multiply FP8 by FP8.
+    """
 
     flops: float = 0.0
     moved: float = 0.0
     traffic: dict[str, Traffic] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fp8_flops: float = 0.0
 
     @property
     def near(self) -> float:
@@ -44,6 +48,7 @@ class Counts:
             self.moved + times * other.moved,
             self.traffic | kinds,
             self.notes + tuple(note for note in other.notes if note not in self.notes),
+            self.fp8_flops + times * other.fp8_flops,
         )
 
 
@@ -94,7 +99,8 @@ class _Walk:
                 () if computed is not None else (f"no FLOPs known of kernel {_plain(instruction)}",)
             )
             bytes_moved = 0.0 if is_fused else moved(instruction, within, module)
-            total = total.plus(Counts(computed or 0.0, bytes_moved, {}, note))
+            narrow = computed if computed and is_fp8(instruction, within) else 0.0
+            total = total.plus(Counts(computed or 0.0, bytes_moved, {}, note, narrow))
         return total
 
     def _loop(self, total: Counts, frame: Frame, loop: Instruction, is_entry: bool) -> Counts:

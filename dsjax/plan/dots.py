@@ -47,6 +47,12 @@ def flops(instruction: Instruction, within: Computation) -> float | None:
     return 2.0 * math.prod(out) * math.prod(lhs[dim] for dim in contracted)
 
 
+def is_fp8(instruction: Instruction, within: Computation) -> bool:
+    """Whether two of a product's operands are FP8: both factors, beside which scales may stand."""
+    arrays = (array for name in instruction.operands for array in within.instructions[name].arrays)
+    return sum(array.dtype.startswith("f8") for array in arrays) > 1
+
+
 def _custom(instruction: Instruction, within: Computation) -> float | None:
     if stated := STATED.search(instruction.attributes):
         return float(stated.group(1))

@@ -1,15 +1,19 @@
 """What TPU's compiler plans, read before it makes machine code: that takes most of the time.
 
 The optimized program and the assignment of its memory are final by then, and XLA writes both to
-files where `xla_dump_to` says. Nothing stops a compiler: use this in a process that ends with it.
+files where `xla_dump_to` says. Nothing stops a compiler but the end of its process: `apart`.
 """
 
+import multiprocessing
 import re
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,40 +28,90 @@ ALLOCATIONS = "*after_optimizations-buffer-assignment.txt"
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?! color)(.*)", re.MULTILINE)
 
 
+def apart(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)` in a process of its own, which ends when it has answered.
+
+    Raises what it raises, and RuntimeError if the process dies.
+    """
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_answering, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        answer, error = ours.recv()
+    except EOFError as ended:
+        process.join()
+        raise RuntimeError(
+            f"the compiler's process ended without a word (exit code {process.exitcode}); -9 is "
+            "mostly this machine's memory being full"
+        ) from ended
+    finally:
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    return answer
+
+
+def _answering(end: Connection, function: Callable, arguments: tuple) -> None:
+    try:
+        answer = function(*arguments), None
+    except Exception as error:  # It is the parent's, who raises it.
+        answer = None, error
+    end.send(answer)
+    # A compiler that is still at work would not let the process end: the parent does.
+    time.sleep(60)
+
+
 def planned(program: jax.stages.Lowered) -> tuple[str, Memory]:
-    """The optimized program and its memory. Raises what the compiler raises."""
-    errors = []
+    """The optimized program and its memory. Raises what compiling raises."""
+    errors: list[Exception] = []
 
     def compiling(folder: str) -> None:
         try:
             program.compile({"xla_dump_to": folder})
-        except jax.errors.JaxRuntimeError as error:
+        except Exception as error:  # A thread would only print it; it is raised below.
             errors.append(error)
 
     folder = tempfile.mkdtemp()
     thread = threading.Thread(target=compiling, args=(folder,), daemon=True)
     thread.start()
-    # The program is written last; what has not grown for a while is whole.
+    # The program is written last; what has not grown for a while and has its end is whole.
     size, before = 0, -1
-    while thread.is_alive() and not 0 < size == before:
+    while thread.is_alive() and not (0 < size == before and _are_whole(_last(Path(folder)))):
         time.sleep(0.5)
         size, before = sum(path.stat().st_size for path in _last(Path(folder))), size
     try:
         if errors:
             raise errors[0]
-        (text,), (allocations,) = (
-            [path.read_text() for path in paths]
-            for paths in (_last(Path(folder)), Path(folder).glob(ALLOCATIONS))
-        )
+        return _only(_last(Path(folder))), assigned(_only(Path(folder).glob(ALLOCATIONS)))
     finally:
         # Dumps of a large program take hundreds of megabytes.
         shutil.rmtree(folder, ignore_errors=True)
-    return text, assigned(allocations)
 
 
 def _last(folder: Path) -> list[Path]:
     """The file that a compiler writes last before machine code, or none yet."""
     return list(folder.glob(AFTER if any(folder.glob(BEFORE)) else PROGRAM))
+
+
+def _are_whole(programs: list[Path]) -> bool:
+    """Whether they are written to their ends: the entry, which stands last, is closed."""
+    texts = (path.read_text(errors="replace") for path in programs)
+    return all("\nENTRY " in text and text.rstrip().endswith("\n}") for text in texts)
+
+
+def _only(paths: Iterable[Path]) -> str:
+    """The text of the one file there should be."""
+    found = list(paths)
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise RuntimeError(
+            "a compiler writes one optimized program and one assignment of its memory, and this "
+            f"one wrote {names} for one of them; compile to the end, machine code and all, instead"
+        )
+    return found[0].read_text()
 
 
 def assigned(text: str) -> Memory:

@@ -35,7 +35,7 @@ class Prediction:
     transient   the values of one layer and their gradients, rows with room for uneven experts
     logits      one block of logits and the head, in FP32, and the gradients of both
 
-    compute     FLOPs of the formula, with forward's third again where it is recomputed, / peak
+    compute     FLOPs of the formula, with forward's third again where it is recomputed, / BF16 peak
     near, far   bytes of weights and tokens sent / the bandwidth of `dsjax.plan.chips`
     """
 

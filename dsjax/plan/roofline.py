@@ -11,13 +11,13 @@ from dsjax.plan.counting import Counts
 class Roofline:
     """Seconds of one step on one device if each part ran at its full rate.
 
-        compute   FLOPs of the program / peak
+        compute   FLOPs of the program / peak, of products of FP8 with FP8 / its peak
         memory    bytes that its instructions read and write in HBM / HBM bandwidth
         near      bytes sent within the slice or node / ICI (NVLink) bandwidth of the device
         far       bytes sent to other slices or nodes / DCN bandwidth
 
-    `useful` are the FLOPs of the step and device by the model's formula, `peak` the rate that MFU
-    refers to, `links` the names of the last two.
+    `useful` are the FLOPs of the step and device by the model's formula, `peak` the BF16
+    rate, which MFU refers to, `links` the names of the last two.
     """
 
     compute: float
@@ -59,13 +59,15 @@ class Roofline:
 
 
 def roofline(counts: Counts, useful: float, chip: Chip) -> Roofline:
-    """`counts` of one device and step, `useful` FLOPs of the same. Products count at the BF16 rate.
+    """`counts` of one device and step, `useful` FLOPs of the same.
+
+    What the compiler turned from FP8 into BF16 before it is multiplied counts at the rate of BF16.
 
     A collective that crosses the links of one dimension of a torus only, or of some links at a
     time, is slower than all links together: `near` is a bound, as everything here.
     """
     return Roofline(
-        counts.flops / chip.bf16_flops,
+        (counts.flops - counts.fp8_flops) / chip.bf16_flops + counts.fp8_flops / chip.fp8_flops,
         counts.moved / chip.hbm_bandwidth,
         counts.near / chip.ici_bandwidth,
         counts.far / chip.dcn_bandwidth,

@@ -33,6 +33,13 @@ class Found(NamedTuple):
     prediction: Prediction
     outcome: Plan | OutOfMemory | None = None
 
+    @property
+    def fits(self) -> bool:
+        """By the compiler's word, or by arithmetic where there is none."""
+        if self.outcome is None:
+            return self.prediction.fits
+        return isinstance(self.outcome, Plan) and self.outcome.fits
+
 
 def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, min(number, most) + 1) if number % n == 0]
@@ -81,14 +88,16 @@ def candidates(run: Run, topology: Topology) -> Iterator[Run]:
 def search(
     run: Run,
     topology: Topology,
-    compile_step: Callable[[Run], Plan | OutOfMemory],
+    compile_step: Callable[[Run], Plan | OutOfMemory] | None,
     *,
     top: int = 3,
+    most: int = 8,
 ) -> list[Found]:
     """All candidates, best first: those predicted to fit by time, then the others by memory.
 
-    The first `top` that are predicted to fit, with a tenth to spare, are compiled; of these, the
-    ones that do fit come first, by their time in turn. ValueError if nothing divides.
+    With `compile_step` those that are predicted to fit, with a tenth to spare, are compiled, until
+    `top` of them do or `most` are compiled. Those that do come first, by their time in turn, and
+    those that do not last. ValueError if nothing divides.
     """
     weights = fitting.weights(run.model, is_fp8=False)
     predictions = [
@@ -106,30 +115,33 @@ def search(
     hardly = [one for one in predictions if one.total_bytes > SHARE * one.available]
     easily.sort(key=lambda one: one.total_seconds)
     hardly.sort(key=lambda one: one.total_bytes)
-    compiled = [Found(one, compile_step(one.run)) for one in easily[:top]]
-    compiled.sort(key=lambda found: _rank(found.outcome))
-    return compiled + [Found(one) for one in (*easily[top:], *hardly)]
-
-
-def _rank(outcome: Plan | OutOfMemory) -> tuple[bool, float]:
-    if isinstance(outcome, Plan):
-        return (not outcome.fits, outcome.roofline.in_turn)
-    return (True, math.inf)
+    fitting_ones: list[Found] = []
+    refused: list[Found] = []
+    tried = easily[: most if compile_step else 0]
+    for one in tried:
+        if len(fitting_ones) == top:
+            break
+        found = Found(one, compile_step(one.run))
+        (fitting_ones if found.fits else refused).append(found)
+    fitting_ones.sort(key=lambda found: found.outcome.roofline.in_turn)
+    rest = (*easily[len(fitting_ones) + len(refused) :], *hardly)
+    return [*fitting_ones, *(Found(one) for one in rest), *refused]
 
 
 HEADER = ("mesh, batch.micro, remat", "bytes", "s", "compiled bytes", "s overlapped", "s in turn")
 
 
 def show(found: list[Found], most: int = 10, console: Console | None = None) -> None:
-    """Prints the first `most`: what was predicted and what the compiler says."""
+    """Prints the first `most` and all compiled: what was predicted and what the compiler says."""
     rows = []
-    for prediction, outcome in found[:most]:
+    shown = [*found[:most], *(one for one in found[most:] if one.outcome is not None)]
+    for prediction, outcome in shown:
         run, compiled = prediction.run, ("", "", "")
         if isinstance(outcome, Plan):
             line = outcome.roofline
             fits = "" if outcome.fits else " too many"
             compiled = (
-                in_bytes(outcome.memory.total) + fits,
+                in_bytes(outcome.needed) + fits,
                 f"{line.overlapped:.3f}",
                 f"{line.in_turn:.3f}",
             )

@@ -14,9 +14,12 @@ from dsjax.params import cast, count
 from dsjax.plan import absent
 from dsjax.plan.buffers import Memory, OutOfMemory
 from dsjax.plan.chips import Topology
-from dsjax.plan.compiling import finished, laid_out, told
+from dsjax.plan.compiling import UNEVEN, finished, laid_out, told
 from dsjax.plan.table import Plan
 from dsjax.run import Run
+
+# Why more is computed than the formula counts.
+BEYOND = {"prefill": ("attention's scores above the diagonal", UNEVEN), "decode": (UNEVEN,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Phase:
 def lowered(run: Run, phase: Phase, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The program of `phase` in the run's precision, as StableHLO; no array is made.
 
-    ValueError for rows or weights that do not divide over the mesh.
+    ValueError for rows or weights that do not divide over the mesh, and for more tokens than the
+    model has positions.
     """
     precision = PRECISIONS[run.precision]
     model = _cast(_served(run.model), precision.dtype)
@@ -47,6 +51,7 @@ def lowered(run: Run, phase: Phase, mesh: jax.sharding.Mesh) -> jax.stages.Lower
     with jax.set_mesh(mesh), layout:
         batches.check_rows(phase.rows, f"rows={phase.rows} do", "rows")
         check_mesh()
+        batches.check_length(phase.length, "length", run.model)
         weights = laid_out(model, sharding.serving_shardings(model, mesh))
         cache = jax.jit(lambda model: model.init_caches(phase.rows, phase.length)).eval_shape(
             weights
@@ -91,7 +96,7 @@ def compile_phase(
         title=f"{phase.name}: {what[phase.name]}",
         parameters={"model without MTP": count(abstract(model))},
         useful=per_row * phase.rows / len(devices),
-        remat="none",
+        beyond=BEYOND[phase.name],
     )
 
 

@@ -11,21 +11,14 @@ from dsjax.plan.counting import Counts
 from dsjax.plan.roofline import Roofline, roofline
 from dsjax.progress import in_bytes
 
-# Why a compiled step computes more than the formula counts.
-RECOMPUTED = {
-    "full": "layers computed again in backward (4/3)",
-    "save_latents": "layers computed again in backward (up to 4/3)",
-    "offload": "layers computed again in backward (4/3)",
-}
-BEYOND = "attention's scores twice in backward and above the diagonal; room for uneven experts"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """One compiled step, of training or of serving.
 
     `useful`: FLOPs of one step and device by the formula of `dsjax.flops`. `parameters`: how many,
-    by kind, the first of which `row` shows. `seconds` took the compiler.
+    by kind, the first of which `row` shows. `beyond`: why the program may compute more than that
+    formula counts. `seconds` took the compiler.
     """
 
     title: str
@@ -36,7 +29,7 @@ class Plan:
     largest: tuple[Buffer, ...]
     useful: float
     counts: Counts
-    remat: str
+    beyond: tuple[str, ...]
     seconds: float
 
     @property
@@ -44,9 +37,19 @@ class Plan:
         return roofline(self.counts, self.useful, self.topology.chip)
 
     @property
+    def needed(self) -> float:
+        """Bytes of a device's memory that the program takes.
+
+        TPU's compiler gives several values one place in turn and refuses what is more than the
+        memory at its peak, so that counts where it says it. On GPUs a run allocates the sum.
+        """
+        is_said = self.topology.chip.is_tpu and self.memory.peak
+        return self.memory.peak if is_said else self.memory.total
+
+    @property
     def spare(self) -> float:
         """Bytes of a device's memory that are left; negative: it does not fit."""
-        return self.topology.chip.hbm - self.memory.total
+        return self.topology.chip.hbm - self.needed
 
     @property
     def fits(self) -> bool:
@@ -75,9 +78,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
         [(buffer.shape, in_bytes(buffer.bytes), _short(buffer.op_name)) for buffer in plan.largest],
     )
     formula, compiled = plan.useful, plan.counts.flops
-    more = "; ".join(filter(None, [RECOMPUTED.get(plan.remat), BEYOND]))
     table(
-        f"FLOPs of one step and device; what is compiled may be more for {more}",
+        f"FLOPs of one step and device; compiled may be more for {'; '.join(plan.beyond)}",
         ("counted", "TFLOP", "ratio"),
         [
             ("by formula", f"{formula / 1e12:,.3f}", "1"),
@@ -125,7 +127,7 @@ def _sums(counts: Counts) -> tuple[str, ...]:
 def _times(plan: Plan) -> list[tuple[str, ...]]:
     line, chip = plan.roofline, plan.topology.chip
     rates = (
-        f"{chip.bf16_flops / 1e12:,.0f} TFLOP/s",
+        _rate(chip.bf16_flops) + f", FP8 {_rate(chip.fp8_flops)}" * bool(plan.counts.fp8_flops),
         *(
             f"{in_bytes(rate)}/s"
             for rate in (chip.hbm_bandwidth, chip.ici_bandwidth, chip.dcn_bandwidth)
@@ -140,6 +142,10 @@ def _times(plan: Plan) -> list[tuple[str, ...]]:
         (f"all at once: {line.bound} decides", f"{line.overlapped:.4f}", _mfu(line.best_mfu)),
         ("one after the other", f"{line.in_turn:.4f}", _mfu(line.mfu_in_turn)),
     ]
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:,.0f} TFLOP/s"
 
 
 def _mfu(share: float) -> str:
@@ -164,13 +170,13 @@ def row(plan: Plan) -> str:
     """The plan as one row of Markdown under `ROW_HEADER`."""
     line, hbm = plan.roofline, plan.topology.chip.hbm
     slices = f" x {plan.topology.slices} slices" if plan.topology.slices > 1 else ""
-    fits = f"{plan.memory.total / hbm:.0%}" + ("" if plan.fits else ", does not fit")
+    fits = f"{plan.needed / hbm:.0%}" + ("" if plan.fits else ", does not fit")
     cells = (
         plan.title,
         f"{plan.topology.name}{slices}",
         plan.mesh,
         f"{next(iter(plan.parameters.values())):,}",
-        in_bytes(plan.memory.total),
+        in_bytes(plan.needed),
         fits,
         f"{plan.useful / 1e12:,.1f}, {plan.counts.flops / 1e12:,.1f}",
         in_bytes(plan.counts.near),

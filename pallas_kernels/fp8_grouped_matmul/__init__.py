@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels import select
+from pallas_kernels import operands, select
 from pallas_kernels.fp8_grouped_matmul import dequantize, reference
-from pallas_kernels.fp8_grouped_matmul.tiles import tiles
 from pallas_kernels.fp8_matmul import gpu, tpu
-from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
+from pallas_kernels.tiles import tiles
 
 IMPLEMENTATIONS = {
     "gpu": gpu.grouped_matmul,
     "tpu": tpu.grouped_matmul,
+    "dequantize_bf16": dequantize.grouped_matmul_bf16,
     "dequantize": dequantize.grouped_matmul,
     "reference": reference.grouped_matmul,
 }
@@ -43,6 +43,15 @@ def fp8_grouped_matmul(
     zeros. The arithmetic is that of `fp8_matmul`. With w and its scales turned (N and K swapped) it
     is the gradient of x.
     """
+    operands.check(
+        "fp8_grouped_matmul",
+        out_dtype=out_dtype,
+        x=(x_MK, 2, operands.E4M3),
+        x_scales=(x_scales, 2, operands.SCALES),
+        w=(w_GNK, 3, operands.E4M3),
+        w_scales=(w_scales, 3, operands.SCALES),
+        tile_groups=(tile_groups, 1, operands.COUNTS),
+    )
     M = x_MK.shape[0]
     fits = M % BLOCK == 0 and tile_groups.shape == (M // BLOCK,)
     if not fits or not _fit(x_MK, x_scales, w_GNK, w_scales):
@@ -51,7 +60,6 @@ def fp8_grouped_matmul(
             "w [G, N, K], scales [G, ceil(N/128), ceil(K/128)] and groups [M/128]; got "
             f"{x_MK.shape}, {x_scales.shape}, {w_GNK.shape}, {w_scales.shape}, {tile_groups.shape}"
         )
-    e4m3.check("fp8_grouped_matmul", x_MK, w_GNK)
     return select.run(
         "fp8_grouped_matmul",
         IMPLEMENTATIONS,
@@ -69,7 +77,10 @@ def _in_tiles(grouped_matmul, x_MK, x_scales, w_GNK, w_scales, sizes_G, *, out_d
 
 SORTED = {
     name: functools.partial(_in_tiles, grouped) for name, grouped in IMPLEMENTATIONS.items()
-} | {"dequantize": dequantize.sorted_matmul}
+} | {
+    "dequantize_bf16": dequantize.sorted_matmul_bf16,
+    "dequantize": dequantize.sorted_matmul,
+}
 
 
 def fp8_sorted_matmul(
@@ -86,6 +97,15 @@ def fp8_sorted_matmul(
 
     `sizes_G` [G] int32 with sum at most M; rows behind the last group give zeros. Any M.
     """
+    operands.check(
+        "fp8_sorted_matmul",
+        out_dtype=out_dtype,
+        x=(x_MK, 2, operands.E4M3),
+        x_scales=(x_scales, 2, operands.SCALES),
+        w=(w_GNK, 3, operands.E4M3),
+        w_scales=(w_scales, 3, operands.SCALES),
+        sizes=(sizes_G, 1, operands.COUNTS),
+    )
     fits = _fit(x_MK, x_scales, w_GNK, w_scales)
     if not fits or sizes_G.shape != w_GNK.shape[:1]:
         raise ValueError(
@@ -93,7 +113,6 @@ def fp8_sorted_matmul(
             f"[G, ceil(N/128), ceil(K/128)] and sizes [G]; got {x_MK.shape}, {x_scales.shape}, "
             f"{w_GNK.shape}, {w_scales.shape}, {sizes_G.shape}"
         )
-    e4m3.check("fp8_sorted_matmul", x_MK, w_GNK)
     return select.run(
         "fp8_sorted_matmul",
         SORTED,

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels import select
+from pallas_kernels import operands, select
 from pallas_kernels.fp8_grouped_wgrad import dequantize, gpu, reference, tpu
-from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import BLOCK
 
 IMPLEMENTATIONS = {
     "gpu": gpu.wgrad,
     "tpu": tpu.wgrad,
+    "dequantize_bf16": dequantize.wgrad_bf16,
     "dequantize": dequantize.wgrad,
     "reference": reference.wgrad,
 }
@@ -37,6 +37,15 @@ def fp8_grouped_wgrad(
     `tile_groups` [M/128] int32 ascends from 0 to G - 1 where it is not negative; negative are tiles
     of no group, which come last and add nothing. A group without tiles gets zeros.
     """
+    operands.check(
+        "fp8_grouped_wgrad",
+        out_dtype=out_dtype,
+        dy=(dy_NM, 2, operands.E4M3),
+        dy_scales=(dy_scales, 2, operands.SCALES),
+        x=(x_KM, 2, operands.E4M3),
+        x_scales=(x_scales, 2, operands.SCALES),
+        tile_groups=(tile_groups, 1, operands.COUNTS),
+    )
     (N, M), K = dy_NM.shape, x_KM.shape[0]
     tiles = M // BLOCK
     fits = M % BLOCK == 0 and x_KM.shape == (K, M) and tile_groups.shape == (tiles,)
@@ -46,7 +55,6 @@ def fp8_grouped_wgrad(
             f"x [K, M], scales [K, M/128] and groups [M/128]; got {dy_NM.shape}, "
             f"{dy_scales.shape}, {x_KM.shape}, {x_scales.shape}, {tile_groups.shape}"
         )
-    e4m3.check("fp8_grouped_wgrad", dy_NM, x_KM)
     return select.run(
         "fp8_grouped_wgrad",
         IMPLEMENTATIONS,

@@ -1,12 +1,14 @@
-"""Values times scales, then ordinary products in FP32, as `fp8_matmul/dequantize.py` has it."""
+"""Values times scales, then ordinary products, as `fp8_matmul/dequantize.py` has it."""
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.fp8_matmul.dequantize import product
+from pallas_kernels.grouped_matmul import grouped_wgrad
 from pallas_kernels.quantize import dequantize_rows
 from pallas_kernels.quantize.shapes import BLOCK
+from pallas_kernels.tiles import counts
 from pallas_kernels.varying import alike
 
 
@@ -36,3 +38,23 @@ def wgrad(
         return zeros.astype(out_dtype)
     used = (tile_groups >= 0).sum(dtype=jnp.int32)
     return lax.fori_loop(0, used, add, zeros).astype(out_dtype)
+
+
+def wgrad_bf16(
+    dy_NM: Array,
+    dy_scales: Array,
+    x_KM: Array,
+    x_scales: Array,
+    tile_groups: Array,
+    *,
+    num_groups: int,
+    out_dtype: DTypeLike,
+) -> Array:
+    """See `fp8_grouped_wgrad`. What lies in tiles by group is sorted by group: `grouped_wgrad`."""
+    dy_NM, x_KM, tile_groups = alike(
+        dequantize_rows(dy_NM, dy_scales, jnp.bfloat16),
+        dequantize_rows(x_KM, x_scales, jnp.bfloat16),
+        tile_groups,
+    )
+    sizes_G = BLOCK * counts(tile_groups, num_groups)
+    return grouped_wgrad(dy_NM.T, x_KM.T, sizes_G, out_dtype=out_dtype)

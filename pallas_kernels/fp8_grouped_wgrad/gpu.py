@@ -9,19 +9,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.chip import chip, needs_hopper
-from pallas_kernels.fp8_grouped_matmul.tiles import counts
+from pallas_kernels.chip import needs_hopper, num_programs
 from pallas_kernels.fp8_matmul.gpu import (
-    BAND,
     COMPUTE_GROUPS,
     ROWS,
     STAGES,
     WGMMA,
     add_products,
+    in_bands,
     tiled,
 )
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 from pallas_kernels.select import Unsupported
+from pallas_kernels.tiles import counts
 from pallas_kernels.varying import like
 
 
@@ -70,7 +70,7 @@ def _kernel(
         @plgpu.nd_loop((G, down * across), collective_axes="program")
         def _tiles(loop):
             group, number = loop.index
-            n, k = plgpu.planar_snake(number, (down, across), 0, BAND)
+            n, k = in_bands(number, down, across)
             rows, columns = pl.ds(n * BLOCK, BLOCK), pl.ds(k * BLOCK, BLOCK)
 
             def context(run):
@@ -119,7 +119,7 @@ def wgrad(
     kernel = plgpu.kernel(
         functools.partial(_kernel, stages=min(STAGES - (itemsize == 4), M // BLOCK)),
         out_type=jax.ShapeDtypeStruct((num_groups, N, K), out_dtype),
-        grid=(chip().num_cores or 1,),
+        grid=(num_programs(),),
         grid_names=("program",),
         num_threads=COMPUTE_GROUPS + 1,
         thread_name="warpgroup",

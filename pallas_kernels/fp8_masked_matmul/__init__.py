@@ -6,31 +6,23 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels import fp8_grouped_matmul, select
+from pallas_kernels import fp8_grouped_matmul, operands, select
 from pallas_kernels.fp8_masked_matmul import dequantize
-from pallas_kernels.quantize import e4m3
-from pallas_kernels.quantize.shapes import BLOCK, num_blocks
+from pallas_kernels.quantize.shapes import num_blocks
+from pallas_kernels.tiles import places
 
 
 def _in_tiles(grouped_matmul, x_GMK, x_scales, w_GNK, w_scales, sizes_G, *, out_dtype) -> Array:
     """By a product of whole tiles of 128 rows, for each of which a group has room."""
-    G, M, _ = x_GMK.shape
-    tiles = num_blocks(M)
-    x_MK, x_scales = (
-        jnp.pad(one, ((0, 0), (0, tiles * BLOCK - M), (0, 0))).reshape(-1, one.shape[2])
-        for one in (x_GMK, x_scales)
-    )
-    group_G, first_T = (jnp.arange(n, dtype=jnp.int32) for n in (G, tiles))
-    is_used_GT = first_T[None] * BLOCK < sizes_G[:, None]
-    tile_groups = jnp.where(is_used_GT, group_G[:, None], -1).reshape(-1)
-    y_MN = grouped_matmul(x_MK, x_scales, w_GNK, w_scales, tile_groups, out_dtype=out_dtype)
-    return dequantize.masked(y_MN.reshape(G, tiles * BLOCK, -1)[:, :M], sizes_G)
+    layout = places(sizes_G, x_GMK.shape[1])
+    operands = layout.into(x_GMK), layout.into(x_scales), w_GNK, w_scales, layout.group_T
+    return layout.back(grouped_matmul(*operands, out_dtype=out_dtype))
 
 
 IMPLEMENTATIONS = {
     name: functools.partial(_in_tiles, grouped)
     for name, grouped in fp8_grouped_matmul.IMPLEMENTATIONS.items()
-} | {"dequantize": dequantize.matmul}
+} | {"dequantize_bf16": dequantize.matmul_bf16, "dequantize": dequantize.matmul}
 
 
 def fp8_masked_matmul(
@@ -51,6 +43,15 @@ def fp8_masked_matmul(
     `quantize_blocks`; `sizes_G` [G] int32. The arithmetic is that of `fp8_matmul`; what lies in
     places not used is not looked at.
     """
+    operands.check(
+        "fp8_masked_matmul",
+        out_dtype=out_dtype,
+        x=(x_GMK, 3, operands.E4M3),
+        x_scales=(x_scales, 3, operands.SCALES),
+        w=(w_GNK, 3, operands.E4M3),
+        w_scales=(w_scales, 3, operands.SCALES),
+        sizes=(sizes_G, 1, operands.COUNTS),
+    )
     (G, M, K), N = x_GMK.shape, w_GNK.shape[1]
     across = num_blocks(K)
     fits = w_GNK.shape == (G, N, K) and sizes_G.shape == (G,)
@@ -61,7 +62,6 @@ def fp8_masked_matmul(
             f"[G, ceil(N/128), ceil(K/128)] and sizes [G]; got {x_GMK.shape}, {x_scales.shape}, "
             f"{w_GNK.shape}, {w_scales.shape}, {sizes_G.shape}"
         )
-    e4m3.check("fp8_masked_matmul", x_GMK, w_GNK)
     return select.run(
         "fp8_masked_matmul",
         IMPLEMENTATIONS,

@@ -1,4 +1,6 @@
-"""Values times scales, then one batched product in FP32, as `fp8_matmul/dequantize.py` has it."""
+"""Values times scales, then one batched product, as `fp8_matmul/dequantize.py` has it."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.fp8_grouped_matmul.dequantize import dequantize_matrices
+from pallas_kernels.operands import precision
 from pallas_kernels.quantize import dequantize_rows
+from pallas_kernels.tiles import masked
 
 
 def matmul(
@@ -17,19 +21,17 @@ def matmul(
     sizes_G: Array,
     *,
     out_dtype: DTypeLike,
+    factors: DTypeLike = jnp.float32,
 ) -> Array:
     """See `fp8_masked_matmul`."""
     y_GMN = lax.dot_general(
-        jax.vmap(dequantize_rows)(x_GMK, x_scales),
-        dequantize_matrices(w_GNK, w_scales),
+        jax.vmap(lambda *one: dequantize_rows(*one, factors))(x_GMK, x_scales),
+        dequantize_matrices(w_GNK, w_scales, factors),
         (((2,), (2,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST,
+        precision=precision(factors),
         preferred_element_type=jnp.float32,
     )
     return masked(y_GMN, sizes_G).astype(out_dtype)
 
 
-def masked(y_GMN: Array, sizes_G: Array) -> Array:
-    """Zeros in the places that no row takes."""
-    place_M = jnp.arange(y_GMN.shape[1], dtype=jnp.int32)
-    return jnp.where((place_M[None] < sizes_G[:, None])[..., None], y_GMN, 0)
+matmul_bf16 = functools.partial(matmul, factors=jnp.bfloat16)

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels import select
+from pallas_kernels import operands, select
 from pallas_kernels.fp8_matmul import dequantize, gpu, reference, tpu, tpu_wide
-from pallas_kernels.quantize import e4m3
 from pallas_kernels.quantize.shapes import num_blocks
 
 IMPLEMENTATIONS = {
     "gpu": gpu.matmul,
     "tpu": tpu.matmul,
+    "dequantize_bf16": dequantize.matmul_bf16,
     "dequantize": dequantize.matmul,
     "reference": reference.matmul,
     # Behind the one that takes everything: it runs where it is named, for its numbers are others.
@@ -37,9 +37,18 @@ def fp8_matmul(
     with scales [M, ceil(K/128)] as `quantize_rows` gives them. `w_NK` [N, K] with scales either
     [ceil(N/128), ceil(K/128)] as from `quantize_blocks`, or [N, ceil(K/128)] as from
     `quantize_rows` and `quantize_columns`: the form of a weight's gradient. Any M, N and K.
-    "tpu_wide" computes something else, near that; see its file.
+    "dequantize_bf16" rounds the factors to BF16 first: the default on TPUs that have no FP8, and on
+    other accelerators where no kernel fits. "tpu_wide" computes something else; see its file.
     Differentiable a level higher, in `fp8_linear`.
     """
+    operands.check(
+        "fp8_matmul",
+        out_dtype=out_dtype,
+        x=(x_MK, 2, operands.E4M3),
+        x_scales=(x_scales, 2, operands.SCALES),
+        w=(w_NK, 2, operands.E4M3),
+        w_scales=(w_scales, 2, operands.SCALES),
+    )
     (M, K), (N, inner) = x_MK.shape, w_NK.shape
     across = num_blocks(K)
     rows = (N, num_blocks(N))
@@ -53,7 +62,6 @@ def fp8_matmul(
             f"[N or ceil(N/128), ceil(K/128)]; got {x_MK.shape}, {x_scales.shape}, {w_NK.shape}, "
             f"{w_scales.shape}"
         )
-    e4m3.check("fp8_matmul", x_MK, w_NK)
     return select.run(
         "fp8_matmul",
         IMPLEMENTATIONS,

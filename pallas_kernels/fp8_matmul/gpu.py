@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.chip import chip, needs_hopper
+from pallas_kernels.chip import needs_hopper, num_programs
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 from pallas_kernels.select import Unsupported
 from pallas_kernels.varying import like
@@ -34,6 +34,23 @@ def tiled(dtype, width: int):
     """How tiles `width` wide lie in shared memory."""
     swizzle = width * jnp.dtype(dtype).itemsize
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle)
+
+
+def in_bands(number, down: int, across: int):
+    """(row, column) of a tile by its number: bands BAND rows high, to and fro.
+
+    As `plgpu.planar_snake`, but by constants alone. It divides by the height of the last band where
+    that is lower, which is a call of a function, and where there is one, ptxas lets each of the
+    tensor cores' instructions wait for the one before (C7509, C7519).
+    """
+    band, rest = lax.div(number, BAND * across), lax.rem(number, BAND * across)
+    row, column = band * BAND + lax.rem(rest, BAND), lax.div(rest, BAND)
+    if lower := down % BAND:
+        # Not `rest`, though it is the same: two remainders of it would become one, by a variable.
+        last = number - (down - lower) * across
+        row = jnp.where(last >= 0, down - lower + lax.rem(last, lower), row)
+        column = jnp.where(last >= 0, lax.div(last, lower), column)
+    return row, jnp.where(lax.rem(band, 2) == 1, across - 1 - column, column)
 
 
 def add_products(sums: Array, x_smem, w_smem, x_scales_smem, w_scales) -> Array:
@@ -107,7 +124,7 @@ def _kernel(
     def _shared(allocations, y_smem):
         @plgpu.nd_loop((down * across,), collective_axes="program")
         def _tiles(loop):
-            m, n = plgpu.planar_snake(loop.index[0], (down, across), 0, BAND)
+            m, n = in_bands(loop.index[0], down, across)
             rows, columns = pl.ds(m * BLOCK, BLOCK), pl.ds(n * BLOCK, BLOCK)
             # The matrices of all groups lie below one another. What a tile at the right edge reads
             # of the next one's is not written.
@@ -156,7 +173,7 @@ def _call(op: str, x_MK: Array, x_scales: Array, w, w_scales: Array, groups, N: 
     kernel = plgpu.kernel(
         functools.partial(_kernel, by_column=by_column, stages=STAGES - (itemsize == 4)),
         out_type=jax.ShapeDtypeStruct((M + more, N), out_dtype),
-        grid=(chip().num_cores or 1,),
+        grid=(num_programs(),),
         grid_names=("program",),
         num_threads=COMPUTE_GROUPS + 1,
         thread_name="warpgroup",

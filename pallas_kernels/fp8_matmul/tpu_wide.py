@@ -96,7 +96,7 @@ def matmul(
 ) -> Array:
     """See `fp8_matmul` for what it stands for, and above for what is computed."""
     op = "fp8_matmul"
-    needs_fp8_tpu(f"{op}/tpu_wide")
+    needs_fp8_tpu(op)
     (M, K), N = x_MK.shape, w_NK.shape[0]
     if not (M and N and K):
         raise Unsupported(f"{op}/tpu_wide wants numbers, got x {x_MK.shape}, w {w_NK.shape}")

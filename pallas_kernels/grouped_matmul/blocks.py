@@ -10,11 +10,12 @@ made for CPU.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
+
+from pallas_kernels.grouped_matmul.gradients import differentiable
 
 ROOM = 1.25
 TILE = 64
@@ -87,8 +88,18 @@ def _padded(x: Array) -> Array:
     return jnp.pad(x, ((0, TILE), (0, 0)))
 
 
-def rows_times_matrix(x_MK: Array, w_GKN: Array, sizes_G: Array, contract: int) -> Array:
-    """Each row against its group's matrix, contracting matrix axis `contract` (0: w, 1: w^T)."""
+def rows_times_matrix(
+    x_MK: Array,
+    w_GKN: Array,
+    sizes_G: Array,
+    contract: int,
+    out_dtype: DTypeLike | None = None,
+) -> Array:
+    """Each row against its group's matrix, contracting matrix axis `contract` (0: w, 1: w^T).
+
+    `out_dtype=None` is that of x.
+    """
+    out_dtype = x_MK.dtype if out_dtype is None else out_dtype
     num_rows, wide = x_MK.shape[0], np.promote_types(x_MK.dtype, jnp.float32)
     layout = _layout(sizes_G, num_rows)
     if layout.room:
@@ -96,9 +107,9 @@ def rows_times_matrix(x_MK: Array, w_GKN: Array, sizes_G: Array, contract: int) 
         product = lax.dot_general(
             _in_blocks(x_MK, layout), w_GKN, batched, preferred_element_type=wide
         )
-        out = _in_rows(product.astype(x_MK.dtype), layout, num_rows)
+        out = _in_rows(product.astype(out_dtype), layout, num_rows)
     else:
-        out = jnp.zeros_like(x_MK, shape=(num_rows, w_GKN.shape[2 - contract]))
+        out = jnp.zeros_like(x_MK, shape=(num_rows, w_GKN.shape[2 - contract]), dtype=out_dtype)
 
     def finish(out):
         x_padded = _padded(x_MK)
@@ -139,8 +150,11 @@ def rows_transposed_times_rows(
 
         def step(grads, group, row, rows_left):
             mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
-            left = jnp.where(mine, lax.dynamic_slice_in_dim(x_padded, row, TILE), 0)
-            right = lax.dynamic_slice_in_dim(y_padded, row, TILE)
+            # Both: a NaN of another group's row times zero would be one here.
+            left, right = (
+                jnp.where(mine, lax.dynamic_slice_in_dim(one, row, TILE), 0)
+                for one in (x_padded, y_padded)
+            )
             product = lax.dot_general(
                 left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
             )
@@ -151,20 +165,4 @@ def rows_transposed_times_rows(
     return _if_any_rest(layout, finish, grads).astype(out_dtype)
 
 
-@jax.custom_vjp
-def blocks(x_MK: Array, w_GKN: Array, sizes_G: Array) -> Array:
-    """See `grouped_matmul`."""
-    return rows_times_matrix(x_MK, w_GKN, sizes_G, contract=0)
-
-
-def _forward(x_MK, w_GKN, sizes_G):
-    return blocks(x_MK, w_GKN, sizes_G), (x_MK, w_GKN, sizes_G)
-
-
-def _backward(saved, grad_MN):
-    x_MK, w_GKN, sizes_G = saved
-    grad_x = rows_times_matrix(grad_MN, w_GKN, sizes_G, contract=1)
-    return grad_x, rows_transposed_times_rows(x_MK, grad_MN, sizes_G, w_GKN.dtype), None
-
-
-blocks.defvjp(_forward, _backward)
+blocks = differentiable(rows_times_matrix, rows_transposed_times_rows)

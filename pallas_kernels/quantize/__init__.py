@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels import select
+from pallas_kernels import operands, select
 from pallas_kernels.quantize import gpu, reference, tpu
 from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 
@@ -105,6 +105,9 @@ def backend(implementation: str | None) -> str | None:
 
 
 def _dequantize(values: Array, scales: Array, block: tuple[int, int], dtype: DTypeLike) -> Array:
+    operands.check(
+        "dequantizing", values=(values, 2, operands.E4M3), scales=(scales, 2, operands.SCALES)
+    )
     expected = tuple(num_blocks(n, size) for n, size in zip(values.shape, block, strict=True))
     if scales.shape != expected:
         raise ValueError(f"values {values.shape} have scales {expected}, got {scales.shape}")
@@ -115,5 +118,4 @@ def _dequantize(values: Array, scales: Array, block: tuple[int, int], dtype: DTy
 
 
 def _check(op: str, x: Array) -> None:
-    if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"{op} wants a matrix of bfloat16 or float32, got {x.dtype}{x.shape}")
+    operands.check(op, x=(x, 2, operands.NUMBERS))

@@ -27,13 +27,6 @@ def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
-def check(op: str, *values: Array) -> None:
-    """ValueError unless all `values` are e4m3."""
-    if {one.dtype for one in values} != {jnp.dtype(jnp.float8_e4m3fn)}:
-        found = " and ".join(str(one.dtype) for one in values)
-        raise ValueError(f"{op} wants float8_e4m3fn, got {found}")
-
-
 def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 

@@ -167,9 +167,14 @@ def _call(op: str, kernel, x: Array, shape, parts: list[str], **how) -> list[Arr
     "blocks" are values and a scale for each block.
     """
     needs_hopper(op)
-    (M, K), rows_by = shape, 64 if "columns" in parts else 8
-    if not M or not K or K % 64 or M % rows_by:
-        raise Unsupported(f"{op}/gpu wants rows by {rows_by} and columns by 64, got {tuple(shape)}")
+    if not all(shape):
+        raise Unsupported(f"{op}/gpu wants numbers, got {tuple(shape)}")
+    # The copy engine takes rows by eight, columns by 64: a few tokens are filled up with zeros,
+    # which are nobody's largest.
+    rows_by = 64 if "columns" in parts else 8
+    more = -shape[0] % rows_by, -shape[1] % 64
+    x = jnp.pad(x, ((0, more[0]), *[(0, 0)] * (x.ndim - 2), (0, more[1])))
+    M, K = (size + extra for size, extra in zip(shape, more, strict=True))
     down, across = num_blocks(M), num_blocks(K)
     kinds = {
         "rows": ((M, K), (across, down * BLOCK)),
@@ -195,8 +200,11 @@ def _call(op: str, kernel, x: Array, shape, parts: list[str], **how) -> list[Arr
         )(x)
     )
     for number, part in enumerate(parts):
+        rows, columns = shape[::-1] if part == "columns" else shape
+        values, scales = out[2 * number : 2 * number + 2]
+        out[2 * number] = values[:rows, :columns]
         if part != "blocks":
-            out[2 * number + 1] = out[2 * number + 1].T[: out[2 * number].shape[0]]
+            out[2 * number + 1] = scales.T[:rows]
     return [like(x, one) for one in out]
 
 

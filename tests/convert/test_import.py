@@ -417,7 +417,7 @@ def test_the_command_line_finds_tokenizer_and_end_of_text_in_an_import(
     assert run("import", source, tmp_path / "DST") == 0
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     (model, tokenizer, ends), (its_model, its_tokenizer, its_ends) = (
-        cli._from_hub(path, mesh, None)[:3] for path in (source, tmp_path / "DST")
+        cli._from_hub(str(path), mesh, None)[:3] for path in (source, tmp_path / "DST")
     )
     assert ends == its_ends == {1}
     assert list(its_tokenizer.encode_prompt("2:8")) == [2, 10, 8]

@@ -5,11 +5,16 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dsjax.data import bigram_bits_per_byte, open_data
+from dsjax.data.documents import Unreadable
 from dsjax.run import Files, StandardLibrary
 from tests.data.corpus import TEXTS, write_jsonl, write_tokenizer
+
+WORD_PIECE = {"type": "WordPiece", "prefix": "##", "cleanup": True}
 
 
 @pytest.fixture
@@ -104,6 +109,51 @@ def test_errors_while_reading_ahead_name_the_place(tmp_path, spec):
     rows = open_data(dataclasses.replace(spec, held_out=0.0), length=16, vocab_size=300)
     with pytest.raises(ValueError, match=r"latin\.txt:0 is not UTF-8.*position 3"):
         next(rows.train_rows(seed=0))
+
+
+def test_what_cannot_be_read_is_of_one_kind_with_its_place(tmp_path, spec):
+    data = open_data(spec, length=8, vocab_size=300)
+    (tmp_path / "text" / "x.jsonl").unlink()
+    for read in (lambda: data.held_out_rows(4), data.bigram_bits_per_byte):
+        with pytest.raises(Unreadable, match=r"No such file.*x\.jsonl"):
+            read()
+    table = pyarrow.table({"text": ["a", "b"] * 9})
+    pyarrow.parquet.write_table(table, tmp_path / "text" / "p.parquet")
+    data = open_data(dataclasses.replace(spec, held_out=0.0), length=8, vocab_size=300)
+    # Shorter than its footer says: the library's message does not say which file.
+    (tmp_path / "text" / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Unreadable, match=r"p\.parquet"):
+        data.bigram_bits_per_byte()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"decoder": WORD_PIECE}, "WordPiece"), ({"token": "\u3042"}, "spelling of byte")],
+)
+def test_a_tokenizer_whose_tokens_are_no_bytes_is_refused(tmp_path, spec, changes, told):
+    file = write_tokenizer(tmp_path / "odd")
+    definition = json.loads(file.read_text())
+    if token := changes.pop("token", None):
+        definition["model"]["vocab"][token] = max(definition["model"]["vocab"].values()) + 1
+    file.write_text(json.dumps(definition | changes))
+    with pytest.raises(ValueError, match=told):
+        open_data(dataclasses.replace(spec, tokenizer=str(file)), length=16, vocab_size=400)
+
+
+def test_streams_left_open_are_those_the_run_began_with(spec):
+    data = open_data(spec, length=8, vocab_size=300)
+    assert data.streams is None
+    rows = data.train_rows(seed=0, streams=4)
+    _ = [next(rows) for _ in range(7)]
+    state = json.loads(json.dumps(rows.get_state()))
+    expected = next(rows)
+    resumed = data.train_rows(seed=0, streams=state["streams"])
+    resumed.set_state(state)
+    np.testing.assert_array_equal(next(resumed).tokens_T, expected.tokens_T)
+    with pytest.raises(ValueError, match="streams was 4, is 8"):
+        data.train_rows(seed=0, streams=8).set_state(state)
+    fixed = open_data(dataclasses.replace(spec, streams=3), length=8, vocab_size=300)
+    assert fixed.train_rows(seed=0, streams=4).get_state()["streams"] == 3
 
 
 def test_a_changed_folder_or_split_is_noticed_on_resume(tmp_path, spec):

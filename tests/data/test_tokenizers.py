@@ -156,6 +156,34 @@ def test_refuses_contradictory_configs(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
+EMPTY = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("tokenizer.json", b"{}", "tokenizer.json is no tokenizer .* download the published"),
+        ("tokenizer.json", b"no JSON", "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", b"\xff", "tokenizer.json is no tokenizer .*utf-8"),
+        ("tokenizer.json", EMPTY.encode(), "tokenizer.json has an empty vocabulary"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is not readable JSON .* remove it"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not readable JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json holds a JSON list"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "tokenizer_config.json: bos_token is 5"),
+        (
+            "tokenizer_config.json",
+            b'{"eos_token": {"content": 5}}',
+            r"tokenizer_config.json: eos_token is \{'content': 5\}; it must be a text or null",
+        ),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, told):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        load_tokenizer(tmp_path)
+
+
 def test_fingerprint_sees_the_file_and_the_config(tmp_path):
     prints = {
         load_tokenizer(write_tokenizer(tmp_path / str(number), **changes)).fingerprint

@@ -4,6 +4,7 @@ Name -> (function, then shape and dtype of each argument).
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
@@ -15,19 +16,23 @@ from pallas_kernels.fp8_masked_matmul import fp8_masked_matmul
 from pallas_kernels.fp8_masked_matmul.shapes import MASKED
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.fp8_matmul.shapes import DENSE
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_wgrad
+from pallas_kernels.grouped_matmul.shapes import SORTED
+from pallas_kernels.masked_matmul import masked_matmul
 from pallas_kernels.quantize.shapes import ACTIVATIONS, SWIGLU, WEIGHTS
 
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 
 
 def _quantizers(platform: str) -> dict:
-    wide = ACTIVATIONS["V2-Lite, 8k tokens"]
+    wide, *others = ACTIVATIONS.values()
     cases = [
         *((quantize.quantize_rows, shape, BF16, False) for shape in ACTIVATIONS.values()),
         (quantize.quantize_rows, wide, F32, True),
         (quantize.quantize_columns, wide, BF16, False),
         (quantize.quantize_rows_and_columns, wide, BF16, False),
         (quantize.quantize_rows_and_columns, wide, F32, True),
+        *((quantize.quantize_rows_and_columns, shape, BF16, False) for shape in others),
         *((quantize.quantize_blocks, shape, F32, False) for shape in WEIGHTS.values()),
         (quantize.quantize_blocks, wide, BF16, True),
         *((quantize.swiglu_quantize, shape, BF16, False) for shape in SWIGLU.values()),
@@ -66,7 +71,7 @@ def _matmuls(platform: str) -> dict:
     }
 
 
-def _grouped(platform: str) -> dict:
+def _grouped(platform: str, shapes: Iterable = tuple(CONTIGUOUS.values())) -> dict:
     return {
         f"fp8_grouped_matmul {G}x{rows}, {N}x{K}": (
             functools.partial(fp8_grouped_matmul, implementation=platform),
@@ -76,8 +81,17 @@ def _grouped(platform: str) -> dict:
             ((G, -(-N // 128), -(-K // 128)), F32),
             ((G * rows // 128,), jnp.int32),
         )
-        for G, rows, N, K in CONTIGUOUS.values()
+        for G, rows, N, K in shapes
     }
+
+
+def _input_gradients(platform: str) -> dict:
+    """The products of a layer's input's gradient: N and K change places."""
+    dense = {(M, K, N) for M, N, K in DENSE.values()} - set(DENSE.values())
+    return {
+        f"fp8_matmul {'x'.join(map(str, shape))}": _matmul(*shape, BF16, platform)
+        for shape in sorted(dense)
+    } | _grouped(platform, [(G, rows, K, N) for G, rows, N, K in CONTIGUOUS.values()])
 
 
 def _masked(platform: str) -> dict:
@@ -110,6 +124,27 @@ def _wgrads(platform: str) -> dict:
     }
 
 
+def _bf16_groups() -> dict:
+    """Grouped products of BF16: forward, gradient of the rows, gradient of the matrices."""
+    cases, how = {}, {"implementation": "gpu"}
+    for G, M, K, N in SORTED.values():
+        x, dy, w, sizes = ((M, K), BF16), ((M, N), BF16), ((G, K, N), BF16), ((G,), jnp.int32)
+        forward = functools.partial(grouped_matmul, **how)
+        backward = functools.partial(gpu.rows_times_matrix, contract=1)
+        cases[f"grouped_matmul {G}, {M}x{K}x{N}"] = forward, x, w, sizes
+        cases[f"grouped_matmul {G}, {M}x{N}x{K} turned"] = backward, dy, w, sizes
+        for dtype in (BF16, F32):
+            wgrad = functools.partial(grouped_wgrad, out_dtype=dtype, **how)
+            cases[f"grouped_wgrad {G}, {M}x{K}x{N} {dtype.__name__}"] = wgrad, x, dy, sizes
+    for G, places, _, N, K in MASKED.values():
+        x, w = ((G, places, K), BF16), ((G, K, N), BF16)
+        cases[f"masked_matmul {G}x{places}, {K}x{N}"] = (
+            functools.partial(masked_matmul, **how),
+            *(x, w, ((G,), jnp.int32)),
+        )
+    return cases
+
+
 def _wide(platform: str) -> dict:
     return {
         f"fp8_matmul_wide {'x'.join(map(str, shape))}": _matmul(*shape, BF16, f"{platform}_wide")
@@ -125,6 +160,9 @@ GPU, TPU = (
     | _wgrads(platform)
     for platform in ("gpu", "tpu")
 )
+GPU |= _input_gradients("gpu") | _bf16_groups()
+# 447 tiles, as sorted rows have them: bands of eight leave a lower one over.
+GPU |= _grouped("gpu", [(3, 19072, 2048, 1408)])
 
 # For chips whose matrix unit takes e4m3.
 TPU7 = _wide("tpu")
@@ -141,4 +179,8 @@ FEW = (
     "fp8_grouped_matmul 64x768, 2048x1408",
     "fp8_masked_matmul 64x128, 2816x2048",
     "fp8_grouped_wgrad 64x768, 2048x1408 bfloat16",
+    "grouped_matmul 64, 49152x2048x1408",
+    "grouped_matmul 64, 49152x1408x2048 turned",
+    "grouped_wgrad 64, 49152x2048x1408 float32",
+    "masked_matmul 64x128, 2048x2816",
 )

@@ -1,10 +1,13 @@
 """Compiles every GPU kernel for an H200 that is not there: `make aot`.
 
+    python tests/kernels/aot_gpu.py [few] [h100] [PART OF A NAME]
+
 Runs in an environment with `jax[cuda13]`, `flatbuffers` and `nvidia-cuda-nvdisasm`, on any x86-64
-Linux machine. For each kernel: does it compile for sm_90a, does it fit shared memory, how many
-registers, spilled bytes, and FP8 matrix instructions in the machine code. Says nothing about speed.
-Exits with an error when a kernel does not compile or spills, 0 with the reason where the packages
-are not installed.
+Linux machine. For each kernel: does it compile for sm_90a, does it fit shared memory (more than the
+chip has does not compile), how many registers, spilled bytes, and matrix instructions in the
+machine code. Says nothing about speed. Exits with an error when a kernel does not compile or spills
+or multiplies without the tensor cores' instruction or lets each of those wait for the one before, 0
+with the reason where the packages are not installed.
 """
 
 import importlib.util
@@ -13,10 +16,12 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TARGET = "NVIDIA H200 141GB HBM3e"
+# One to a process, which compiles a kernel once and then knows it.
+TARGETS = {"h200": "NVIDIA H200 141GB HBM3e", "h100": "NVIDIA H100 80GB HBM3"}
 
 
 def missing() -> str | None:
@@ -35,11 +40,11 @@ def tools() -> Path:
     return Path(folder) / "cu13" / "bin"
 
 
-def target_config() -> str:
+def target_config(target: str) -> str:
     """XLA's own description of the GPU, in text, from inside the CUDA plugin."""
     (folder,) = importlib.util.find_spec("jax_plugins.xla_cuda13").submodule_search_locations
     library = (Path(folder) / "xla_cuda_plugin.so").read_bytes()
-    end = library.index(f'device_description_str: "{TARGET}"'.encode())
+    end = library.index(f'device_description_str: "{target}"'.encode())
     start = library.rindex(b"\0", 0, end) + 1
     return library[start : library.index(b"\0", end)].decode()
 
@@ -62,7 +67,23 @@ def captured(call) -> tuple[object, str]:
         return out, file.read().decode(errors="replace")
 
 
-def main(only: str) -> int:
+def faults(name: str, log: str) -> list[str]:
+    """What is wrong with a kernel whose compilers wrote `log`."""
+    found = []
+    if not re.search(r"Used \d+ registers", log):
+        found.append("NO KERNEL")
+    if any(int(n) for n in re.findall(r"(\d+) bytes spill", log)):
+        found.append("SPILLED")
+    if product := re.match(r"(fp8_)?\w*(matmul|wgrad)", name):
+        instruction = "QGMMA" if product[1] else "HGMMA"
+        if not re.search(rf"\b{instruction}\b", log):
+            found.append(f"NO {instruction}")
+    if re.search(r"wgmma\S* instructions are serialized", log):
+        found.append("SERIALIZED")
+    return found
+
+
+def main(words: Sequence[str]) -> int:
     if reason := missing():
         print(f"skipped: {reason}; pip install 'jax[cuda13]' flatbuffers nvidia-cuda-nvdisasm")
         return 0
@@ -76,13 +97,15 @@ def main(only: str) -> int:
 
     import jax
     from jax.experimental import topologies
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-    from tests.kernels.aot_cases import GPU
+    from tests.kernels.aot_cases import FEW, GPU
 
     jax.devices()
+    target = TARGETS["h100" if "h100" in words else "h200"]
+    only = "".join(word for word in words if word not in ("few", *TARGETS))
     described = topologies.get_topology_desc(
-        platform="cuda", topology_name="one", topology="1x1x1", target_config=target_config()
+        platform="cuda", topology_name="one", topology="1x1x1", target_config=target_config(target)
     )
     (device,) = described.devices
     mesh = AbstractMesh(
@@ -94,37 +117,48 @@ def main(only: str) -> int:
         ),
     )
     print(f"jax {jax.__version__}, for {device.device_kind}")
-    faults = 0
-    for name, (function, *arguments) in GPU.items():
-        if only not in name:
-            continue
-        abstract = [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-            for shape, dtype in arguments
-        ]
+    cases = {name: case for name, case in GPU.items() if "few" not in words or name in FEW}
+    right = [
+        report(name, function, arguments, device, mesh)
+        for name, (function, *arguments) in cases.items()
+        if only in name
+    ]
+    return 0 if right and all(right) else 1
 
-        def compiled(function=function, abstract=abstract):
-            with jax.sharding.use_abstract_mesh(mesh):
-                return jax.jit(function).lower(*abstract).compile()
 
-        try:
-            _, log = captured(compiled)
-        except Exception as error:
-            faults += 1
-            print(f"{name:52} FAILED {type(error).__name__}: {error}")
-            continue
-        registers = re.findall(r"Used (\d+) registers", log)
-        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-        instructions = Counter(re.findall(r"\b(QGMMA|HGMMA|UTMALDG|UTMASTG|LDL|STL)\b", log))
-        faults += sum(spills) > 0 or not registers
-        print(
-            f"{name:52} registers {'/'.join(registers) or '?'}, spilled {sum(spills)} B, "
-            + ", ".join(f"{count} {what}" for what, count in sorted(instructions.items()))
-        )
-        if os.environ.get("AOT_LOG"):
-            Path(os.environ["AOT_LOG"]).write_text(log)
-    return min(faults, 1)
+def report(name: str, function, arguments, device, mesh) -> bool:
+    """Prints what becomes of one kernel; whether nothing is wrong with it."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    abstract = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+        for shape, dtype in arguments
+    ]
+
+    def compiled():
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.jit(function).lower(*abstract).compile()
+
+    try:
+        _, log = captured(compiled)
+    except Exception as error:
+        print(f"{name:52} FAILED {type(error).__name__}: {error}")
+        return False
+    registers = re.findall(r"Used (\d+) registers", log)
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    instructions = Counter(re.findall(r"\b(QGMMA|HGMMA|UTMALDG|UTMASTG|LDL|STL)\b", log))
+    found = faults(name, log)
+    print(
+        f"{name:52} registers {'/'.join(registers) or '?'}, spilled {spilled} B, "
+        + ", ".join(f"{count} {what}" for what, count in sorted(instructions.items()))
+        + "".join(f", {fault}" for fault in found),
+        flush=True,
+    )
+    if os.environ.get("AOT_LOG"):
+        Path(os.environ["AOT_LOG"]).write_text(log)
+    return not found
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+    sys.exit(main(sys.argv[1:]))

@@ -4,10 +4,12 @@
 
 Runs in an environment with `jax[tpu]`, on any x86-64 Linux machine. For each kernel and chip: does
 it compile, does it fit the chip's memory, and how many instruction bundles are scheduled for it,
-beside the number in tpu_bundles.json; `record` writes that file anew, `few` takes one shape of
+beside the number in tpu_bundles.json; `record` writes that down anew, `few` takes one shape of
 each. Bundles ignore memory and loops, so they compare a kernel with its former self and say nothing
-about speed. Exits with an error when a kernel does not compile or has grown, 0 with the reason
-where the package is not installed.
+about speed. Exits with an error when a kernel does not compile, has grown, or has no number to be
+compared with; 0 with the reason where the package is not installed. Another libtpu than the one
+recorded has other numbers: with it kernels are only compiled, and with the one that
+`constraints.txt` pins that is an error, too.
 """
 
 import importlib.util
@@ -16,7 +18,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +38,17 @@ def scheduled(dumps: Path) -> int:
             total += int(found[1]) if found else 0
         path.unlink()
     return total
+
+
+def complaint(name: str, count: int, known: Mapping[str, int]) -> str | None:
+    """What is wrong with `count` bundles; nothing `known` is nothing to compare with."""
+    if not count:
+        return "NO BUNDLES: the compiler writes its analysis elsewhere"
+    if known and name not in known:
+        return "NOT RECORDED: run this with `record`"
+    if known and count > GROWTH * known[name]:
+        return f"GROWN from {known[name]}"
+    return None
 
 
 def main(words: Sequence[str]) -> int:
@@ -66,6 +79,9 @@ def main(words: Sequence[str]) -> int:
     only = "".join(word for word in words if word not in ("few", "record"))
     print(f"jax {jax.__version__}, libtpu {compiler}; bundles of libtpu {recorded['libtpu']}")
     faults, bundles = 0, {}
+    if not known and "record" not in words:
+        print("NOTHING TO COMPARE WITH: another libtpu; run this with `record`")
+        faults += f"libtpu=={compiler}" in (ROOT / "constraints.txt").read_text().split()
     for chip, topology in TOPOLOGIES.items():
         device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
         described = AbstractDevice(
@@ -92,16 +108,16 @@ def main(words: Sequence[str]) -> int:
             faults += calls == 0
             temporary = done.memory_analysis().temp_size_in_bytes
             count = bundles[f"{chip} {name}"] = scheduled(dumps)
-            before = known.get(f"{chip} {name}")
-            has_grown = before is not None and count > GROWTH * before
-            faults += has_grown and "record" not in words
+            wrong = complaint(f"{chip} {name}", count, {} if "record" in words else known)
+            faults += wrong is not None
             print(
                 f"{chip:6} {name:52} {calls} kernel, {temporary / 2**20:.1f} MiB temporary, "
-                f"{count} bundles{f', GROWN from {before}' if has_grown else ''}"
+                f"{count} bundles{f', {wrong}' if wrong else ''}",
+                flush=True,
             )
     dumps.rmdir()
     if "record" in words and not faults:
-        recorded = {"libtpu": compiler, "bundles": bundles}
+        recorded = {"libtpu": compiler, "bundles": known | bundles}
         replace_text(BUNDLES, json.dumps(recorded, indent=1) + "\n")
     return min(faults, 1)
 

@@ -3,12 +3,21 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.chip import interpreted
+from tests.tolerance import TOLERANCE
 
 BACKENDS = ("reference", "gpu", "tpu")
-PRODUCTS = ("dequantize", *BACKENDS)
+PRODUCTS = ("dequantize", "dequantize_bf16", *BACKENDS)
+
+
+def tolerance(backend: str, dtype: DTypeLike = jnp.float32) -> float:
+    """Of a product's result; two factors that are rounded to BF16 are off by 2**-9 each at most."""
+    bound = TOLERANCE["f32" if jnp.dtype(dtype) == jnp.float32 else "bf16"]
+    return bound + 2 * 2.0**-9 * (backend == "dequantize_bf16")
 
 
 def on(backend: str) -> contextlib.AbstractContextManager:

@@ -1,5 +1,7 @@
 """What `make aot` compiles can at least be traced for the chip, here without its compiler."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,7 +10,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from pallas_kernels.fp8_grouped_linear import fp8_grouped_linear
 from pallas_kernels.fp8_linear import fp8_linear
 from tests.kernels.aot_cases import FEW, GPU, TPU, TPU7
-from tests.kernels.aot_gpu import missing
+from tests.kernels.aot_gpu import faults, missing
+from tests.kernels.aot_tpu import BUNDLES, TOPOLOGIES, complaint
 
 CHIPS = {
     "gpu": ("NVIDIA H200", 132, GPU),
@@ -36,8 +39,9 @@ def test_cases_can_be_traced(platform, case):
 
 
 def test_the_few_are_one_of_each_operation():
-    assert {name.split()[0] for name in FEW} == {name.split()[0] for name in TPU | TPU7}
-    assert set(FEW) <= (TPU | TPU7).keys()
+    everything = GPU | TPU | TPU7
+    assert {name.split()[0] for name in FEW} == {name.split()[0] for name in everything}
+    assert set(FEW) <= everything.keys()
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -66,3 +70,57 @@ def test_gradients_can_be_traced_per_device(platform):
 
 def test_what_is_missing_is_named():
     assert missing() is None or missing().startswith("no ")
+
+
+COMPILED = """ptxas info    : Used 168 registers, used 17 barriers
+ptxas info    : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+        /*1a30*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], !UPT ;
+"""
+SERIALIZED = """ptxas info    : (C7509) Potential Performance Loss: wgmma.mma_async instructions \
+are serialized due to the presence of Extern calls in the function 'a_kernel' in line 336
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "log", "wrong"),
+    [
+        ("fp8_matmul 1x2x3", COMPILED, []),
+        ("fp8_matmul 1x2x3", COMPILED.replace("QGMMA", "HMMA"), ["NO QGMMA"]),
+        ("fp8_grouped_wgrad 1x2, 3x4", COMPILED.replace("QGMMA", "HMMA"), ["NO QGMMA"]),
+        ("grouped_matmul 1, 2x3x4", COMPILED, ["NO HGMMA"]),
+        ("grouped_wgrad 1, 2x3x4", COMPILED, ["NO HGMMA"]),
+        ("masked_matmul 1x2, 3x4", COMPILED.replace("QGMMA", "HGMMA"), []),
+        ("fp8_matmul 1x2x3", COMPILED + SERIALIZED, ["SERIALIZED"]),
+        ("quantize_rows 1x2", COMPILED.replace("QGMMA", "HMMA"), []),
+        (
+            "quantize_rows 1x2",
+            COMPILED.replace("0 bytes spill loads", "8 bytes spill loads"),
+            ["SPILLED"],
+        ),
+        ("quantize_rows 1x2", "", ["NO KERNEL"]),
+    ],
+)
+def test_what_is_wrong_with_a_gpu_kernel(name, log, wrong):
+    assert faults(name, log) == wrong
+
+
+@pytest.mark.parametrize(
+    ("count", "known", "wrong"),
+    [
+        (100, {"v5p a": 100}, None),
+        (103, {"v5p a": 100}, "GROWN from 100"),
+        (0, {"v5p a": 100}, "NO BUNDLES"),
+        (0, {}, "NO BUNDLES"),
+        (100, {"v6e a": 100}, "NOT RECORDED"),
+        (100, {}, None),
+    ],
+)
+def test_what_is_wrong_with_a_tpu_kernel(count, known, wrong):
+    found = complaint("v5p a", count, known)
+    assert found is None if wrong is None else found.startswith(wrong)
+
+
+def test_every_tpu_kernel_has_its_bundles():
+    names = {f"{chip} {name}" for chip in TOPOLOGIES for name in TPU}
+    names |= {f"tpu7x {name}" for name in TPU7}
+    assert names == json.loads(BUNDLES.read_text())["bundles"].keys()

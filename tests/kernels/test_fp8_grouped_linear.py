@@ -86,7 +86,8 @@ def test_layer_is_three_fp8_products(shape, seed):
 
 
 @pytest.mark.parametrize(
-    "implementation", ["reference", pytest.param("gpu", marks=pytest.mark.thorough)]
+    "implementation",
+    ["reference", *(pytest.param(one, marks=pytest.mark.thorough) for one in ("gpu", "tpu"))],
 )
 def test_every_implementation_of_the_products(implementation, seed):
     inputs = drawn(seed, "whole blocks")

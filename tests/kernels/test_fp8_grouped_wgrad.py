@@ -1,12 +1,16 @@
 """The FP8 gradient of grouped matrices on every backend against NumPy float64."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.chip import interpreted
 from pallas_kernels.fp8_grouped_wgrad import IMPLEMENTATIONS, fp8_grouped_wgrad
 from tests.kernels import fp8_oracle
-from tests.kernels.backends import run
+from tests.kernels.backends import run, tolerance
 from tests.tolerance import TOLERANCE, rel_err
 
 # Name -> (groups, group of each tile, N, K).
@@ -43,7 +47,7 @@ def test_gradient(layout, backend, seed):
     found = run(backend, fp8_grouped_wgrad, *operands, num_groups=groups)
     assert found.dtype == jnp.float32
     for one, other in zip(found, exact, strict=True):
-        assert rel_err(one, other) < TOLERANCE["f32"]
+        assert rel_err(one, other) < tolerance(backend)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,15 @@ def test_it_is_rounded_once(backend, seed):
     found = run(backend, fp8_grouped_wgrad, *operands, num_groups=groups, out_dtype=jnp.bfloat16)
     assert found.dtype == jnp.bfloat16
     # One rounding, and now and then to the other side of a tie for the sum before it.
-    assert rel_err(found, exact) < TOLERANCE["bf16"] / 2
+    assert rel_err(found, exact) < tolerance(backend, jnp.bfloat16) - TOLERANCE["bf16"] / 2
+
+
+def test_programs_share_the_tiles(seed):
+    operands, groups, exact = drawn(seed, "edges")  # six tiles
+    with interpreted("gpu", programs=4):
+        call = functools.partial(fp8_grouped_wgrad, num_groups=groups, implementation="gpu")
+        found = np.asarray(jax.jit(call)(*operands))
+    assert rel_err(found, exact) < TOLERANCE["f32"]
 
 
 @pytest.mark.parametrize("wrong", ["group", "dy scales", "x scales"])
@@ -88,5 +100,5 @@ def test_bad_input_is_refused(seed):
     (*operands, tiles), groups, _ = drawn(seed, "edges")
     with pytest.raises(ValueError, match=r"and groups \[M/128\]; got .*\(2,\)$"):
         fp8_grouped_wgrad(*operands, tiles[:2], groups)
-    with pytest.raises(ValueError, match="wants float8_e4m3fn, got float32 and float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"wants dy of float8_e4m3fn .* got float32\("):
         fp8_grouped_wgrad(operands[0].astype(jnp.float32), *operands[1:], tiles, groups)

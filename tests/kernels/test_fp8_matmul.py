@@ -8,10 +8,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import select
+from pallas_kernels.chip import interpreted
 from pallas_kernels.fp8_linear import fp8_linear
 from pallas_kernels.fp8_matmul import fp8_matmul
 from tests.kernels import fp8_oracle
-from tests.kernels.backends import PRODUCTS, on, run
+from tests.kernels.backends import PRODUCTS, on, run, tolerance
 from tests.tolerance import TOLERANCE, rel_err
 
 ROW, SQUARE = (1, 128), (128, 128)
@@ -46,7 +47,7 @@ def test_product(shape, by_column, backend, seed):
     dtype = jnp.float32 if by_column else jnp.bfloat16
     found = run(backend, fp8_matmul, *operands, out_dtype=dtype)
     assert found.dtype == dtype
-    assert rel_err(found, exact) < TOLERANCE["f32" if by_column else "bf16"]
+    assert rel_err(found, exact) < tolerance(backend, dtype)
 
 
 @pytest.mark.parametrize("backend", ["dequantize", "reference", "tpu"])
@@ -55,6 +56,24 @@ def test_any_size(shape, backend, seed):
     operands, exact = drawn(seed, shape, False)
     found = run(backend, fp8_matmul, *operands, out_dtype=jnp.float32)
     assert rel_err(found, exact) < TOLERANCE["f32"]
+
+
+def test_factors_of_bf16_lose_nothing_to_powers_of_two(seed):
+    """Where scales have no bits of their own, the factors have no more than e4m3's four."""
+    (x, x_scales, w, w_scales), _ = drawn(seed, (70, 64, 300), False)
+    x_scales, w_scales = (2.0 ** jnp.round(jnp.log2(one)) for one in (x_scales, w_scales))
+    found, exact = (
+        run(name, fp8_matmul, x, x_scales, w, w_scales, out_dtype=jnp.float32)
+        for name in ("dequantize_bf16", "reference")
+    )
+    assert rel_err(found, exact) < TOLERANCE["f32"]
+
+
+def test_programs_share_the_tiles(seed):
+    operands, exact = drawn(seed, (200, 192, 192), False)  # four tiles
+    with interpreted("gpu", programs=3):
+        found = np.asarray(jax.jit(lambda *a: run_named("gpu", *a))(*operands))
+    assert rel_err(found, exact) < TOLERANCE["bf16"]
 
 
 @pytest.mark.parametrize("shape", [(0, 64, 128), (8, 0, 128), (8, 64, 0)], ids=str)
@@ -140,7 +159,7 @@ def wide(*operands, implementation):
 
 def test_wide_blocks_run_where_they_are_named(seed):
     operands, _ = drawn(seed, (8, 64, 512), False)
-    with pytest.raises(select.Unsupported, match="fp8_matmul/tpu_wide/tpu wants a TPU"):
+    with pytest.raises(select.Unsupported, match=r"^fp8_matmul/tpu_wide wants a TPU v7x, .* 'cpu'"):
         fp8_matmul(*operands, implementation="tpu_wide")
     device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("d",), axis_types=(AxisType.Auto,), abstract_device=device)
@@ -161,8 +180,18 @@ def test_bad_input_is_refused():
     x, w = jnp.zeros((8, 256), jnp.float8_e4m3fn), jnp.zeros((64, 256), jnp.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"got \(8, 256\), \(8, 1\), \(64, 256\), \(1, 2\)"):
         fp8_matmul(x, jnp.zeros((8, 1)), w, jnp.zeros((1, 2)))
-    with pytest.raises(ValueError, match="wants float8_e4m3fn, got float32 and float8_e4m3fn"):
+    with pytest.raises(
+        ValueError, match=r"wants x of float8_e4m3fn with 2 .* float32\(8, 256\); c"
+    ):
         fp8_matmul(jnp.zeros((8, 256)), jnp.zeros((8, 2)), w, jnp.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"wants x of .* with 2 dimensions, got .*\(1, 8, 256\)"):
+        fp8_matmul(x[None], jnp.zeros((8, 2)), w, jnp.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"wants w_scales of float32 .* got bfloat16\(1, 2\)"):
+        fp8_matmul(x, jnp.zeros((8, 2)), w, jnp.zeros((1, 2), jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"out_dtype of bfloat16 or float32, got int8; cast"):
+        fp8_matmul(x, jnp.zeros((8, 2)), w, jnp.zeros((1, 2)), out_dtype=jnp.int8)
+    with pytest.raises(ValueError, match=r"fp8_linear wants x of bfloat16 or float32 .* float16"):
+        fp8_linear(jnp.zeros((8, 256), jnp.float16), jnp.zeros((64, 256)))
     with pytest.raises(ValueError, match="weight_grad 'bf16'; there are 'fp8' and 'exact'"):
         fp8_linear(jnp.zeros((8, 256)), jnp.zeros((64, 256)), weight_grad="bf16")
     with pytest.raises(ValueError, match=r"wants x \[M, K\], w \[N, K\]; got \(8, 3\), \(3, 8\)"):
@@ -189,7 +218,7 @@ def value_and_gradients(x, w, dy, **options):
     return run(backend, both, *map(jnp.asarray, (x, w, dy)), **options)
 
 
-@pytest.mark.parametrize("backend", ["dequantize", "reference", "gpu"])
+@pytest.mark.parametrize("backend", ["dequantize", "reference", "gpu", "tpu"])
 def test_linear_is_three_fp8_products(backend, seed):
     x, w, dy = linear(seed, (64, 64, 64))
     found = value_and_gradients(x, w, dy, implementation=backend)
@@ -200,6 +229,26 @@ def test_linear_is_three_fp8_products(backend, seed):
     )
     for one, other, what in zip(found, exact, ["y", "dx", "dw"], strict=True):
         assert rel_err(one, other) < TOLERANCE["f32"], what
+
+
+def test_few_tokens_go_through_the_gpus_kernels(seed):
+    x, w, _ = linear(seed, (3, 64, 128))
+    y = run("gpu", fp8_linear, jnp.asarray(x), jnp.asarray(w))
+    assert rel_err(y, rounded(x, ROW) @ rounded(w, SQUARE).T) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_no_platform_rounds_what_exact_gradients_come_from(dtype, seed):
+    x, w, _ = (jnp.asarray(one, dtype) for one in linear(seed, (8, 64, 128)))
+
+    def of(weight_grad):
+        def loss(w):
+            return fp8_linear(x, w, weight_grad=weight_grad, implementation="reference").sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(w)).count("Precision.HIGHEST")
+
+    assert of("fp8") == 0
+    assert of("exact") == (2 if dtype == jnp.float32 else 0)
 
 
 def test_exact_weight_gradient(seed):

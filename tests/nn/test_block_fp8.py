@@ -77,6 +77,22 @@ def test_a_linear_layer_is_the_papers(subscripts, rows, inner, features, power_o
         assert rel_err(mine, oracle) < TOLERANCE["f32"]
 
 
+def test_the_gradient_of_a_weight_can_be_exact(seed):
+    x, w, dy = drawn(seed, (2, 70, 200), (200, 40), (2, 70, 40))
+    flat = x.reshape(140, 200), w.T, dy.reshape(140, 40)
+    of = BlockFp8(weight_grad="exact")
+    y, dx, dw = pulled(lambda x, w: of.einsum("BTD,DX->BTX", x, w), dy, x, w)
+    expected = *linear(*flat, False)[:2], flat[2].T.astype(np.float64) @ flat[0]
+    found = y.reshape(140, 40), dx.reshape(140, 200), dw.T
+    for mine, oracle in zip(found, expected, strict=True):
+        assert rel_err(mine, oracle) < TOLERANCE["f32"]
+    of_experts = jnp.int32([60, 80])
+    experts = np.stack([w, -w])
+    _, _, dw = pulled(lambda x, w: of.grouped(x, w, of_experts), flat[2], flat[0], experts)
+    for mine, rows in zip(dw, (slice(0, 60), slice(60, 140)), strict=True):
+        assert rel_err(mine, flat[0][rows].T.astype(np.float64) @ flat[2][rows]) < TOLERANCE["f32"]
+
+
 @pytest.mark.parametrize("width", [70, 128])
 def test_gate_and_up_are_matrices_of_their_own(width, seed):
     """As in the checkpoints: no block of scales reaches from one into the other."""
@@ -117,7 +133,11 @@ def test_swiglu_keeps_one_byte_of_each_number(seed):
     ("subscripts", "x_axes", "w_axes", "features", "inner"),
     [
         ("BTD,DX->BTX", ("batch", "residual", None), (None, None), (128,), (256,)),
-        ("BTD,DNX->BTNX", ("batch", "length", None), (None, "heads", None), (4, 64), (128,)),
+        pytest.param(
+            "BTD,DNX->BTNX",
+            *(("batch", "length", None), (None, "heads", None), (4, 64), (128,)),
+            marks=pytest.mark.thorough,
+        ),
         (
             "BTNW,NWD->BTD",
             ("batch", "length", "heads", None),
@@ -236,7 +256,8 @@ def test_outliers_spoil_their_own_tile_and_no_other(seed):
         return max(rel_err(y_N, exact_N) for y_N, exact_N in zip(y_MN, exact_MN, strict=True))
 
     one_scale = rounded(x_MK, x_MK.shape) @ rounded(w_KN.T, w_KN.T.shape).T
-    found = BlockFp8().einsum("BTD,DX->BTX", jnp.float32(x_MK[None]), jnp.float32(w_KN))[0]
+    product = jax.jit(lambda x_BTD, w_DX: BlockFp8().einsum("BTD,DX->BTX", x_BTD, w_DX))
+    found = product(jnp.float32(x_MK[None]), jnp.float32(w_KN))[0]
     # Both factors are rounded to three bits: by 2**-4 of themselves at most, and not all alike.
     bound = 2 * 2.0**-4
     assert worst(found) < bound / 2 < bound < worst(one_scale)

@@ -54,7 +54,10 @@ def test_every_linear_layer_of_attention_and_feed_forward_asks():
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("fp32", "float32"), ("bf16", "bfloat16"), ("fp8", "bfloat16"), ("fp8_ue8m0", "bfloat16")],
+    [
+        *(("fp32", "float32"), ("bf16", "bfloat16"), ("fp8", "bfloat16")),
+        *(("fp8_exact_wgrad", "bfloat16"), ("fp8_ue8m0", "bfloat16")),
+    ],
 )
 def test_a_precision_is_set_while_its_function_is_traced(name, dtype):
     found = []

@@ -40,7 +40,13 @@ def plain() -> dict[str, np.ndarray]:
     return drawn.leaves(jax.jit(jax.grad(loss))(params))
 
 
-@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(name, marks=() if name == "full" else pytest.mark.thorough)
+        for name in sorted(set(REMAT) - {"none"})
+    ],
+)
 def test_gradients_are_those_without_recomputing(remat, plain):
     loss, params = loss_of(remat)
     found = drawn.leaves(jax.jit(jax.grad(loss))(params))

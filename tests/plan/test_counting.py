@@ -247,3 +247,25 @@ def test_the_plainest_product_moves_its_operands_and_result():
     text = text_of(lambda x, w: x @ w, (8, 16), (16, 32))
     assert counting.count(text).moved == 4 * (8 * 16 + 16 * 32 + 8 * 32)
     assert not parse(text).is_tpu
+
+
+def test_products_of_fp8_are_told_apart():
+    """Both factors FP8, in a kernel or an instruction; scales and results are not."""
+    counts = counting.count(FP8_PRODUCTS)
+    assert counts.flops == 3 * 2 * 16 * 32 * 8 + 500
+    assert counts.fp8_flops == 2 * 2 * 16 * 32 * 8 + 500
+
+
+FP8_PRODUCTS = """HloModule products
+
+ENTRY %main (x: f8e4m3fn[16,32], w: f8e4m3fn[32,8], y: bf16[16,32], s: f32[16,1]) -> f32[16,8] {
+  %x = f8e4m3fn[16,32] parameter(0)
+  %w = f8e4m3fn[32,8] parameter(1)
+  %y = bf16[16,32] parameter(2)
+  %s = f32[16,1] parameter(3)
+  %both = f32[16,8] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %again = f32[16,8] dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %one = f32[16,8] dot(%y, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %kernel = f32[16,8] custom-call(%x, %s, %w), custom_call_target="tpu_custom_call", KNOWN
+}
+""".replace("KNOWN", 'backend_config={"cost_estimate":{"flops":"500"}}')

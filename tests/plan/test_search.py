@@ -13,8 +13,9 @@ from rich.console import Console
 
 from dsjax import flops, sharding, train_step
 from dsjax.convert import fitting
-from dsjax.plan import chips, search, table
+from dsjax.plan import absent, chips, compiling, search, table
 from dsjax.plan.buffers import Memory, OutOfMemory
+from dsjax.plan.command import plan
 from dsjax.plan.counting import Counts
 from dsjax.plan.predict import predict
 from dsjax.run import BatchShape, MeshShape, Optim
@@ -74,7 +75,7 @@ def test_the_state_is_as_large_as_the_real_one(mesh, moments):
 
 
 def test_what_is_kept_for_backward_by_hand():
-    tokens, layers, hidden, latents = 512, 4, 16, 8 + 8 + 4
+    tokens, layers, hidden, latents = 512, 2 + 1, 16, 8 + 8 + 4
     kept = {remat: predicted(remat=remat).bytes["saved"] for remat in search.TRIED}
     assert kept["full"] == layers * tokens * hidden * 2
     assert kept["save_latents"] == layers * tokens * (hidden + latents) * 2
@@ -162,7 +163,7 @@ def plan_of(run, *, arguments: float, seconds: float) -> table.Plan:
         largest=(),
         useful=1.0,
         counts=counts,
-        remat=run.remat,
+        beyond=("room",),
         seconds=1.0,
     )
 
@@ -179,20 +180,21 @@ def test_the_best_predicted_are_compiled_and_ranked_by_what_came_out():
         return plan_of(run, arguments=1e9, seconds=1.0 / len(asked))
 
     found = search.search(RUN, EIGHT, compile_step, top=4)
-    times = [one.prediction.total_seconds for one in found[4:]]
+    times = [one.prediction.total_seconds for one in found[4:-2]]
     assert times == sorted(times)
     assert max(predicted_time(run) for run in asked) <= times[0]
-    # The fastest that fits first; then what compiled too large, what did not compile last.
-    assert [one.prediction.run for one in found[:4]] == [asked[3], asked[2], asked[1], asked[0]]
-    assert all(one.outcome is None for one in found[4:])
+    # Four that fit, the fastest first; what did not compile or compiled too large last.
+    assert [one.prediction.run for one in found[:4]] == asked[:1:-1]
+    assert len(asked) == 6 and [one.prediction.run for one in found[-2:]] == asked[:2]
+    assert all(one.outcome is None for one in found[4:-2])
     assert len(found) == len({repr(one.prediction.run) for one in found})
 
     output = io.StringIO()
     search.show(found, 6, Console(file=output, width=200))
     lines = output.getvalue().splitlines()
-    assert len(lines) == 2 + 6
-    assert lines[2].split()[-2:] == ["0.250", "0.250"]
-    assert lines[4].count("too many") == lines[5].count("too many") == 1
+    assert len(lines) == 2 + 6 + 2
+    assert lines[2].split()[-2:] == ["0.167", "0.167"]
+    assert lines[8].count("too many") == lines[9].count("too many") == 1
     assert "batch.micro=" in lines[7] and "remat=" in lines[7]
 
 
@@ -208,11 +210,37 @@ def test_what_hardly_fits_is_not_compiled():
         asked.append(run)
         return OutOfMemory(1.0, 0.0, ())
 
-    found = search.search(RUN, small, compile_step, top=1000)
+    found = search.search(RUN, small, compile_step, most=1000)
     fitting_ones = [one for one in found if one.prediction.total_bytes <= 0.9 * 2e6]
     assert 0 < len(asked) == len(fitting_ones) < len(found)
-    rest = [one.prediction.total_bytes for one in found[len(asked) :]]
+    rest = [one.prediction.total_bytes for one in found[: -len(asked)]]
     assert rest == sorted(rest)
+
+
+def test_a_search_ends_though_nothing_fits():
+    asked = []
+
+    def compile_step(run):
+        asked.append(run)
+        return OutOfMemory(90e9, 80e9, ())
+
+    found = search.search(RUN, EIGHT, compile_step, most=5)
+    assert [one.prediction.run for one in found[-5:]] == asked
+    assert found[0].outcome is None and found[0].fits and not found[-1].fits
+    assert all(one.outcome is None for one in search.search(RUN, EIGHT, None))
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(1e9, True), (200e9, False)])
+def test_the_command_s_verdict_is_the_compiler_s(largest, fits, monkeypatch, capsys):
+    def compile_step(run, topology, *, by):
+        return plan_of(run, arguments=largest, seconds=0.1)
+
+    monkeypatch.setattr(absent, "devices", lambda topology: ())
+    monkeypatch.setattr(compiling, "compile_step", compile_step)
+    file = str(Path(__file__).parents[1] / "micro_run.py")
+    assignments = ["topology=h100:1x8", "batch.size=64", "batch.micro=8", "batch.ramp_from=8"]
+    assert plan(file, assignments, searching=True) is fits
+    assert "best first" in capsys.readouterr().out
 
 
 def test_devices_that_the_batch_cannot_be_shared_by():

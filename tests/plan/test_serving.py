@@ -70,7 +70,7 @@ def test_what_cannot_be_planned_is_said(assignments, told):
     importlib.util.find_spec("libtpu") is not None, reason="about machines without libtpu"
 )
 def test_without_a_compiler_the_way_to_one_is_told():
-    with pytest.raises(ValueError, match=r"pip install 'dsjax\[tpu\]'.*training steps only"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'.*training steps only"):
         plan("configs/tiny_v3.py", ["topology=v5p:2x2x2", "phase=decode", "rows=8", "length=8"])
 
 
@@ -79,6 +79,7 @@ def test_without_a_compiler_the_way_to_one_is_told():
     [
         (Phase("decode", 6, 8), {"fsdp": 8}, "rows=6 do not divide over"),
         (Phase("decode", 8, 8), {"context": 8}, "mesh.context must be 1"),
+        (Phase("decode", 8, 10**6), {"fsdp": 8}, "length=1000000 is more than .*embeddings=4096"),
     ],
 )
 def test_rows_and_length_that_cannot_be_cut_are_named(phase, mesh, told):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+# Pairs of a device: they are counted in FP32, which has all whole numbers up to here.
+MOST_PAIRS = 2**24
 # Pairs that are counted at once.
 COUNTED = 256
 
@@ -77,15 +79,16 @@ class Pairs(NamedTuple):
 def pairs_by(to_JM: Int[Array, "J M"], num: int) -> Pairs:
     """Every row with each of its destinations; `num` or more is none.
 
-    ValueError for more pairs than can be told apart by 32 bits.
+    ValueError for more pairs than can be counted, or told apart by 32 bits.
     """
     to_P = jnp.minimum(to_JM, num).reshape(-1)
     num_pairs = to_P.shape[0]
-    # They are numbered in 32 bits together with their destinations, and counted in FP32.
-    if (num + 1) * num_pairs >= 2**31 or num_pairs > 2**24:
+    # They are numbered in 32 bits together with their destinations.
+    if num_pairs > (most := min(MOST_PAIRS, (2**31 - 1) // (num + 1))):
         raise ValueError(
-            f"{num_pairs} pairs of token and expert on one device are too many for {num} "
-            "destinations; make batch.micro smaller"
+            f"{num_pairs} pairs of token and expert on one device are more than the {most} that "
+            f"can be sorted to {num} destinations; give a device fewer tokens at a time: a smaller "
+            "batch.micro in training, fewer rows or shorter prompts otherwise, or more devices"
         )
     # One number for each pair, in the order wanted: of all ways to sort, TPU's compiler and chip
     # take least time for this one. How many equal ones come before a pair needs no sorting.

@@ -1,8 +1,9 @@
-"""Rows sorted by group, laid out in tiles of 128 rows that each belong to one group.
+"""Rows of groups, laid out in tiles of 128 rows that each belong to one group.
 
-Every group begins with a tile of its own and fills its last one up with zeros: DeepGEMM's
-contiguous layout. How many tiles there are is known from the shapes: as many as the worst sizes
-need.
+Of rows sorted by group (`tiles`), every group begins with a tile of its own and fills its last one
+up with zeros: DeepGEMM's contiguous layout. How many tiles there are is known from the shapes: as
+many as the worst sizes need. Where every group has the same places for rows (`places`), it has the
+tiles of those: DeepGEMM's masked layout.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.quantize.shapes import BLOCK
+from pallas_kernels.quantize.shapes import BLOCK, num_blocks
 
 
 def num_tiles(num_rows: int, num_groups: int) -> int:
@@ -53,6 +54,39 @@ def tiles(sizes_G: Array, num_rows: int) -> Tiles:
     group_M = _group(row_M, end_G)
     place_M = first_G[group_M] * BLOCK + row_M - start_G[group_M]
     return Tiles(jnp.where(used_T, group_T, -1), row_TB, mine_TB, place_M)
+
+
+class Places(NamedTuple):
+    """G times T tiles of groups with M places; `group_T` is -1 for those without a row."""
+
+    group_T: Array
+    sizes_G: Array
+    num_places: int
+
+    def into(self, x_GMK: Array) -> Array:
+        """Places in tiles [128 G T, K]; what lies in those that no row takes is left there."""
+        missing = -self.num_places % BLOCK
+        return jnp.pad(x_GMK, ((0, 0), (0, missing), (0, 0))).reshape(-1, x_GMK.shape[2])
+
+    def back(self, y_PN: Array) -> Array:
+        """Places [G, M, N] from tiles, zeros in those that no row takes."""
+        y_GPN = y_PN.reshape(self.sizes_G.shape[0], -1, y_PN.shape[1])
+        return masked(y_GPN[:, : self.num_places], self.sizes_G)
+
+
+def places(sizes_G: Array, num_places: int) -> Places:
+    """The layout of groups that each have `num_places` places for rows."""
+    group_G, first_T = (
+        jnp.arange(n, dtype=jnp.int32) for n in (sizes_G.shape[0], num_blocks(num_places))
+    )
+    is_used_GT = first_T[None] * BLOCK < sizes_G[:, None]
+    return Places(jnp.where(is_used_GT, group_G[:, None], -1).reshape(-1), sizes_G, num_places)
+
+
+def masked(y_GMN: Array, sizes_G: Array) -> Array:
+    """Zeros in the places that no row takes."""
+    place_M = jnp.arange(y_GMN.shape[1], dtype=jnp.int32)
+    return jnp.where((place_M[None] < sizes_G[:, None])[..., None], y_GMN, 0)
 
 
 def counts(tile_groups: Array, num_groups: int) -> Array:
