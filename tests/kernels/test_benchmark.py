@@ -300,7 +300,7 @@ def test_the_gpu_is_watched_while_it_works(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
 
     def work():
-        for _ in range(500):
+        for _ in range(3000):
             if asked.exists():
                 return "done"
             time.sleep(0.02)
