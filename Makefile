@@ -12,12 +12,11 @@ TORCH := 2.13.0
 TRANSFORMERS := 5.23.0
 ORACLE_INSTALLED := $(ORACLE)/.installed-$(TORCH)-$(TRANSFORMERS)
 
-# Compilers for chips that are not here, apart because jax looks for the chips of those it finds. TPU's
-# is enough for plans, CUDA's takes 5 GB more; x86-64 Linux only.
+# Compilers for chips that are not here, apart because jax looks for the chips of those it finds.
+# x86-64 Linux only.
 AOT := .venv-aot
 AOT_PY := $(AOT)/bin/python
-TPU_INSTALLED := $(AOT)/.installed-tpu
-AOT_INSTALLED := $(AOT)/.installed-all
+AOT_INSTALLED := $(AOT)/.installed
 
 # Files one after the other, as tests/conftest.py has put them. A third worker for two cores, because
 # tests wait for processes that they have started.
@@ -65,10 +64,10 @@ lint: $(INSTALLED) ## ruff: rules, then format
 bench: $(INSTALLED) $(ORACLE_INSTALLED) ## time a train step against transformers and torch
 	@$(PY) benchmarks/train_step.py $(ARGS)
 
-plan: $(if $(filter gpu,$(ARGS)),$(AOT_INSTALLED),$(TPU_INSTALLED)) ## compile large recipes for absent TPUs (ARGS=gpu, ARGS=tiny)
+plan: $(AOT_INSTALLED) ## compile large recipes for absent TPUs and GPUs (ARGS=tiny: small ones)
 	@$(AOT_PY) benchmarks/plans.py $(ARGS)
 
-aot: $(AOT_INSTALLED) ## compile every kernel for H200 and TPUs, without one (6 GB, once)
+aot: $(AOT_INSTALLED) ## compile every kernel for H200 and TPUs, without one
 	@$(AOT_PY) tests/kernels/aot_gpu.py
 	@$(AOT_PY) tests/kernels/aot_tpu.py
 
@@ -105,17 +104,12 @@ $(ORACLE_INSTALLED):
 	@$(ORACLE_PY) -m pip install --quiet transformers==$(TRANSFORMERS) numpy safetensors
 	@touch $@
 
-$(TPU_INSTALLED): pyproject.toml constraints.txt
+$(AOT_INSTALLED): pyproject.toml constraints.txt
 	@$(AOT_PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
 	  python="$(PYTHON)"; \
 	  python=$${python:-$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3)} || exit 1; \
 	  echo "making $(AOT) with $$python"; \
 	  "$$python" -m venv --clear $(AOT); }
-	@echo "installing the dependencies and TPU's compiler (about 1.4 GB, once)"
-	@$(AOT_PY) -m pip install --quiet -c constraints.txt -e '.[tpu]'
-	@touch $@
-
-$(AOT_INSTALLED): $(TPU_INSTALLED)
-	@echo "installing CUDA's compilers (about 5 GB, once)"
-	@$(AOT_PY) -m pip install --quiet -c constraints.txt -e '.[gpu]' flatbuffers nvidia-cuda-nvdisasm
+	@echo "installing the dependencies and the compilers of TPUs and GPUs (about 2 GB, once)"
+	@$(AOT_PY) -m pip install --quiet -c constraints.txt -e '.[aot]'
 	@touch $@

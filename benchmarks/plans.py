@@ -4,7 +4,7 @@
 
 Prints a Markdown table: for each recipe memory of a device as the compiler has it, FLOPs, bytes
 sent, and the least time of a step. Without `gpu` for TPUs, `tiny`: a small V3 for each kind of
-TPU, and what of it a CPU cannot run. WORDs choose among the recipes. Exit code 1 if one does not
+chip, and what of it a CPU cannot run. WORDs choose among the recipes. Exit code 1 if one does not
 fit.
 All but the word `whole` stop at the plan of memory, before machine code is made: "compile" is the
 time until then.
@@ -84,7 +84,7 @@ def tiny(topology: str, *changes: str, slices: int = 1) -> Recipe:
 
 
 TINY = (
-    *map(tiny, ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
+    *map(tiny, ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h200:2x2")),
     # What no CPU has: rows sent as they are, layers' inputs in the host's memory, two slices.
     tiny("v6e:2x2", "dispatch=ragged", "remat=offload"),
     tiny("v5e:2x2", "mesh.data=2", slices=2),

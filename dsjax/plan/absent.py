@@ -48,7 +48,7 @@ def mesh(topology: Topology, **sizes: int) -> jax.sharding.AbstractMesh:
 
 def _tpus(topology: Topology) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise NoCompiler(f"{topology.name} needs libtpu: pip install -e '.[tpu]'")
+        raise NoCompiler(f"{topology.name} needs libtpu: pip install -e '.[aot]'")
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
     more = {"num_slices": topology.slices} if topology.slices > 1 else {}
@@ -65,7 +65,7 @@ def _gpus(topology: Topology) -> Sequence[jax.Device]:
     except ModuleNotFoundError:
         plugin = None
     if plugin is None:
-        raise NoCompiler(f"{topology.name} needs CUDA's compiler: pip install -e '.[gpu]'")
+        raise NoCompiler(f"{topology.name} needs CUDA's compiler: pip install -e '.[aot]'")
     # The platform is registered with the others.
     jax.devices()
     nodes, each = topology.shape

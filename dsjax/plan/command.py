@@ -3,9 +3,9 @@
 With phase=prefill or phase=decode, rows=N and length=N it is about serving instead of training.
 With until=memory the compiler is stopped when it has assigned all memory, before machine code.
 
-A machine with a CPU is enough. With the compiler of the chips installed (`pip install -e '.[tpu]'`
-or `'.[gpu]'`) the whole training step is compiled for them; without, it is only lowered, and
-arithmetic has to do.
+A machine with a CPU is enough. With the compilers of TPUs and GPUs (`pip install -e '.[aot]'`) the
+whole training step is compiled for the chips; without, it is only lowered, and arithmetic has to
+do.
 """
 
 import dataclasses

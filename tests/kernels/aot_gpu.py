@@ -2,8 +2,7 @@
 
     python tests/kernels/aot_gpu.py [few] [h100] [PART OF A NAME]
 
-Runs in an environment with `jax[cuda13]`, `flatbuffers` and `nvidia-cuda-nvdisasm`, on any x86-64
-Linux machine. For each kernel: does it compile for sm_90a, does it fit shared memory (more than the
+Runs in an environment with `pip install -e '.[aot]'`, on any x86-64 Linux machine. For each kernel: does it compile for sm_90a, does it fit shared memory (more than the
 chip has does not compile), how many registers, spilled bytes, and matrix instructions in the
 machine code. Says nothing about speed. Exits with an error when a kernel does not compile or spills
 or multiplies without the tensor cores' instruction or lets each of those wait for the one before, 0
@@ -20,14 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# One to a process, which compiles a kernel once and then knows it.
-TARGETS = {"h200": "NVIDIA H200 141GB HBM3e", "h100": "NVIDIA H100 80GB HBM3"}
 
 
 def missing() -> str | None:
     """Why this Python cannot compile for a GPU, or None."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        return "no jax[cuda13] here"
+        return "no jax-cuda13-plugin here"
     if importlib.util.find_spec("flatbuffers") is None:
         return "no flatbuffers here"
     if not (tools() / "nvdisasm").exists():
@@ -38,15 +35,6 @@ def missing() -> str | None:
 def tools() -> Path:
     (folder,) = importlib.util.find_spec("nvidia").submodule_search_locations
     return Path(folder) / "cu13" / "bin"
-
-
-def target_config(target: str) -> str:
-    """XLA's own description of the GPU, in text, from inside the CUDA plugin."""
-    (folder,) = importlib.util.find_spec("jax_plugins.xla_cuda13").submodule_search_locations
-    library = (Path(folder) / "xla_cuda_plugin.so").read_bytes()
-    end = library.index(f'device_description_str: "{target}"'.encode())
-    start = library.rindex(b"\0", 0, end) + 1
-    return library[start : library.index(b"\0", end)].decode()
 
 
 def captured(call) -> tuple[object, str]:
@@ -85,7 +73,7 @@ def faults(name: str, log: str) -> list[str]:
 
 def main(words: Sequence[str]) -> int:
     if reason := missing():
-        print(f"skipped: {reason}; pip install 'jax[cuda13]' flatbuffers nvidia-cuda-nvdisasm")
+        print(f"skipped: {reason}; pip install -e '.[aot]'")
         return 0
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -96,18 +84,15 @@ def main(words: Sequence[str]) -> int:
     sys.path.insert(0, str(ROOT))
 
     import jax
-    from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+    from dsjax.plan import absent, chips
     from tests.kernels.aot_cases import FEW, GPU
 
-    jax.devices()
-    target = TARGETS["h100" if "h100" in words else "h200"]
-    only = "".join(word for word in words if word not in ("few", *TARGETS))
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name="one", topology="1x1x1", target_config=target_config(target)
-    )
-    (device,) = described.devices
+    # One kind to a process, which compiles a kernel once and then knows it.
+    kind = "h100" if "h100" in words else "h200"
+    only = "".join(word for word in words if word not in ("few", "h100"))
+    (device,) = absent.devices(chips.topology(f"{kind}:1x1"))
     mesh = AbstractMesh(
         (1,),
         ("device",),
