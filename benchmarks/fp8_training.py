@@ -1,11 +1,12 @@
 """Does FP8 train as well as BF16? Same data, same seed, several arithmetics; a table and a picture.
 
-    python benchmarks/fp8_training.py OUT [seeds=0,1,2] [variants=bf16,fp8] [steps=1000]
+    python benchmarks/fp8_training.py OUT [seeds=0,1,2] [variants=bf16,fp8] [steps=1000] [rows=4]
 
-Trains `configs/tiny_fp8.py` on CPU, where FP8 is emulated: what a chip would multiply, summed in
-FP32. "nudged" is the control: BF16 from weights that differ by one rounding to BF16. It shows how
-far two trainings part that nothing tells apart. One process to a core. Losses go to OUT as JSON;
-what is there already is not trained again. OUT/fp8.png and the table hold all that OUT has.
+Trains `configs/tiny_fp8.py` on CPU, `rows` of 128 bytes to a step. FP8 is emulated there: what a
+chip would multiply, summed in FP32. "nudged" is the control: BF16 from weights that differ by one
+rounding to BF16. It shows how far two trainings part that nothing tells apart. One process to a
+core. Losses go to OUT as JSON; what is there already is not trained again. OUT/fp8.png and the
+table hold all that OUT has.
 """
 
 import json
@@ -36,7 +37,7 @@ def pin(cores) -> None:
     os.sched_setaffinity(0, {cores.get()})
 
 
-def train(path: Path, variant: str, seed: int, steps: int) -> tuple[str, int, float]:
+def train(path: Path, variant: str, seed: int, steps: int, size: int) -> tuple[str, int, float]:
     """Writes the losses of one training to `path`; the mean of the last window for a line."""
     import jax
     import jax.numpy as jnp
@@ -49,7 +50,8 @@ def train(path: Path, variant: str, seed: int, steps: int) -> tuple[str, int, fl
     from dsjax.run_folder import replace_text
     from dsjax.train_step import init_state, make_train_step
 
-    run = load(CONFIG, f"seed={seed}", f"steps={steps}", "precision=bf16")
+    changes = (f"seed={seed}", f"steps={steps}", f"batch.size={size}", "precision=bf16")
+    run = load(CONFIG, *changes)
     data = open_data(run.data, length=run.batch.length, vocab_size=run.model.vocab_size)
     rows = data.train_rows(run.seed)
     step = make_train_step(run, products(variant))
@@ -133,7 +135,7 @@ def draw(found: dict[tuple[str, int], list[float]], path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     out, *rest = arguments or [""]
-    options = {"seeds": "0,1,2", "variants": "bf16,fp8", "steps": "1000"}
+    options = {"seeds": "0,1,2", "variants": "bf16,fp8", "steps": "1000", "rows": "4"}
     for one in rest:
         key, _, value = one.partition("=")
         if key not in options:
@@ -146,9 +148,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    steps, seeds = int(options["steps"]), [int(seed) for seed in options["seeds"].split(",")]
+    steps, size = int(options["steps"]), int(options["rows"])
+    seeds = [int(seed) for seed in options["seeds"].split(",")]
     wanted = [
-        (folder / f"{variant}-{seed}-{steps}.json", variant, seed, steps)
+        (folder / f"{variant}-{seed}-{steps}-{size}.json", variant, seed, steps, size)
         for seed in seeds
         for variant in chosen
     ]
@@ -164,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         for task in tasks:
             variant, seed, loss = task.result()
             print(f"{variant}, seed {seed}: done, loss {loss:.4f}", flush=True)
-    read = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{steps}.json"))]
+    read = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{steps}-{size}.json"))]
     found = {(one["variant"], one["seed"]): one["losses"] for one in read}
     draw(found, folder / "fp8.png")
     print(table(found))

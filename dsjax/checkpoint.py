@@ -4,7 +4,9 @@ A step directory holds `model` and `optimizer` as flat dicts of arrays under rea
 ("layers.1.blocks.0.attention.o_proj"), and `progress`, the data cursor and the like, as JSON.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +68,24 @@ def _pieces(weights: dict[str, Any], model: models.Transformer) -> dict[str, ocp
     }
 
 
+@contextlib.contextmanager
+def _restoring(step: epath.Path) -> Iterator[None]:
+    """Whatever orbax raises over the files in `step` as a ValueError with a way out."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise ValueError(
+            f"{step} cannot be restored: {reason}. If its files are damaged, move this folder "
+            "elsewhere; the run then continues after the step saved before, if there is one"
+        ) from error
+
+
 class Checkpoints:
     """The checkpoints of `run_dir`, a folder or a URL.
 
@@ -100,17 +120,19 @@ class Checkpoints:
         )
 
     def restore(self, step: int, state: TrainState, shardings: TrainState) -> Restored:
-        """Step `step` in the structure of the abstract `state`, laid out by `shardings`."""
+        """Step `step` in the structure of the abstract `state`, laid out by `shardings`.
+
+        ValueError, with a way out, if its files cannot be read.
+        """
         rest = {"step": state.step, "opt_state": state.opt_state}
         rest_shardings = {"step": shardings.step, "opt_state": shardings.opt_state}
-        saved = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_abstract(state.model, shardings.model)),
-                optimizer=ocp.args.StandardRestore(_abstract(rest, rest_shardings)),
-                progress=ocp.args.JsonRestore(),
-            ),
+        parts = ocp.args.Composite(
+            model=ocp.args.StandardRestore(_abstract(state.model, shardings.model)),
+            optimizer=ocp.args.StandardRestore(_abstract(rest, rest_shardings)),
+            progress=ocp.args.JsonRestore(),
         )
+        with _restoring(self.directory / str(step)):
+            saved = self._manager.restore(step, args=parts)
         rest = _unnamed(rest, saved.optimizer)
         model = _unnamed(state.model, saved.model)
         return Restored(TrainState(rest["step"], model, rest["opt_state"]), saved.progress)
@@ -144,11 +166,11 @@ def restore_model(
     """The newest weights of a training run (FP32) and the run that made them.
 
     `mesh=None` restores onto a mesh of the first device; call the model with a mesh set
-    (`jax.set_mesh`). ValueError if there is no run or no checkpoint yet.
+    (`jax.set_mesh`). ValueError if there is no run, no checkpoint yet, or none that can be read.
     """
     run, directory = latest_model(run_dir)
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     model = models.abstract(run.model)
     target = _abstract(model, sharding.shardings(model, mesh))
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer() as checkpointer, _restoring(directory.parent):
         return _unnamed(model, checkpointer.restore(directory, target)), run

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,17 @@ def test_checkpoint_continues_on_another_mesh(undisturbed, compiled, tmp_path):
 def test_keeps_only_the_newest_checkpoints(undisturbed):
     kept = sorted(int(path.name) for path in (undisturbed / "checkpoints").iterdir())
     assert kept == [15, 20, 24]
+
+
+def test_a_damaged_checkpoint_is_told_with_a_way_out(undisturbed, compiled, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    newest = folder / "checkpoints" / "24"
+    for file in newest.glob("optimizer/**/d/*"):
+        os.truncate(file, 10)
+    done = train(folder, compiled)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {newest} cannot be restored: ")
+    assert "move this folder" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.thorough

@@ -2,11 +2,12 @@
 
     python tests/kernels/aot_gpu.py [few] [h100] [PART OF A NAME]
 
-Runs in an environment with `pip install -e '.[aot]'`, on any x86-64 Linux machine. For each kernel: does it compile for sm_90a, does it fit shared memory (more than the
-chip has does not compile), how many registers, spilled bytes, and matrix instructions in the
-machine code. Says nothing about speed. Exits with an error when a kernel does not compile or spills
-or multiplies without the tensor cores' instruction or lets each of those wait for the one before, 0
-with the reason where the packages are not installed.
+Runs in an environment with `pip install -e '.[aot]'`, on any x86-64 Linux machine. For each kernel:
+does it compile for sm_90a, does it fit shared memory (more than the chip has does not compile), how
+many registers, spilled bytes, and matrix instructions in the machine code. Says nothing about
+speed. Exits with an error when a kernel does not compile or spills or multiplies without the tensor
+cores' instruction or lets each of those wait for the one before, 0 with the reason where the
+packages are not installed.
 """
 
 import importlib.util
