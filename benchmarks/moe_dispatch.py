@@ -9,7 +9,7 @@ the distance to it is what dispatch costs here, and what a network would cost st
 are what the busiest device sends, forward and backward: `formula` counts rows and sums as the
 choices ask, `program` all collectives of the compiled layer (weights and statistics of the router
 too), and `least` is what no way of moving whole rows goes below. The ragged all-to-all does not run
-on CPU: bytes only.
+on CPU: bytes only. A second table counts what V3's node-limited routing spares a network.
 """
 
 import argparse
@@ -134,6 +134,34 @@ def report(tokens: int, skew: str, rounds: int) -> None:
         )
 
 
+def destinations(num_devices: int, kept_groups: int | None) -> tuple[float, int]:
+    """Devices that hold experts of one token, on average and at most, with V3's 256 experts.
+
+    `kept_groups` of 8 may be chosen from; None: any expert.
+    """
+    groups, kept = (1, 1) if kept_groups is None else (8, kept_groups)
+    router = SigmoidRouter(num_groups=groups, kept_groups=kept, scale=2.5)
+    moe = Moe(num_experts=256, num_chosen=8, num_shared=0, intermediate_size=1, router=router)
+    tokens_MD = jax.random.normal(jax.random.key(2), (8192, 64))
+    choice_MK = np.asarray(MoeFfn(moe, 64, std=1.0, rngs=nnx.Rngs(0)).router(tokens_MD).choice_MK)
+    rows_AA = needed(choice_MK.reshape(num_devices, -1, 8), 256)
+    most = fan_out(
+        num_experts=256, num_chosen=8, num_groups=groups, kept_groups=kept, size=num_devices
+    )
+    return rows_AA.sum() / len(choice_MK), most
+
+
+def report_limits() -> None:
+    """What groups spare: rows that a token sends, one to each device with an expert of its."""
+    print("\nrows per token, V3: 8 of 256 experts, one row per device that has some of them\n")
+    print("| devices (or nodes) | 4 of 8 groups | at most | any experts | at most |")
+    print("|---|---|---|---|---|")
+    for num_devices in (8, 16, 32, 64, 128):
+        limited, free = (destinations(num_devices, kept) for kept in (4, None))
+        cells = (f"{mean:.2f} | {most}" for mean, most in (limited, free))
+        print(f"| {num_devices} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="ways of dispatch on 8 virtual CPU devices")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
@@ -153,6 +181,7 @@ def main() -> None:
     for tokens in map(int, options.tokens.split(",")):
         for skew in SKEWS:
             report(tokens, skew, options.rounds)
+    report_limits()
 
 
 if __name__ == "__main__":
