@@ -23,6 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ORACLE_PYTHON = HERE.parent / ".venv-oracle" / "bin" / "python"
+# In a folder of their own: transformers looks for a package called like our kernels.py.
+WORKERS = HERE / "train_step_workers"
 ROWS, MESH_ROWS, LENGTH = 4, 8, 128
 THREADS = 2
 # Each compiles for half a minute on two cores before the first turn.
@@ -85,7 +87,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
     def ours(name: str, rows: int, *axes: str) -> Contender:
-        worker = [sys.executable, str(HERE / "dsjax_worker.py"), str(rows)]
+        worker = [sys.executable, str(WORKERS / "with_dsjax.py"), str(rows)]
         return Contender(name, [*worker, *axes])
 
     if options.meshes:
@@ -97,7 +99,7 @@ def main() -> None:
     if peers and not ORACLE_PYTHON.is_file():
         raise SystemExit("the peers need .venv-oracle; make it with: make oracle")
     for peer in peers:
-        worker = [str(ORACLE_PYTHON), str(HERE / "transformers_worker.py"), peer]
+        worker = [str(ORACLE_PYTHON), str(WORKERS / "with_transformers.py"), peer]
         contenders.append(Contender(f"transformers {peer}", worker))
     for _ in range(options.rounds):
         for contender in contenders:

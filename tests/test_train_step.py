@@ -1,12 +1,15 @@
 """The training step: micro-batches, the ramp, the bias rule, precision, donation, and learning."""
 
 import functools
+import platform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax import train_step
+from dsjax.config import Block, Dense, LayerGroup, Model
 from dsjax.losses import Batch
 from dsjax.model import Transformer
 from dsjax.params import RouterBias
@@ -152,6 +155,25 @@ def test_weights_and_moments_stay_float32_in_every_precision(precision, least, m
     (name,) = (path for path in exact if ".mu" in path and "o_proj" in path and "mtp" not in path)
     assert least < rel_err(rough[name], exact[name]) < most
     assert metrics["loss"].dtype == jnp.float32
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is x86's")
+def test_products_of_large_factors_are_onednn_s_and_the_same(monkeypatch):
+    attention = drawn.model().layers[0].pattern[0].attention
+    block = Block(attention=attention, ffn=Dense(intermediate_size=256))
+    layers = (LayerGroup(repeat=1, pattern=(block,)),)
+    model = Model(vocab_size=32, hidden_size=128, layers=layers, initializer_std=0.1)
+    run = drawn.run(model, optim=Optim(learning_rate=flat_rate(1.0).learning_rate, eps=1e3))
+    batch = drawn.batch(2, rows=4, length=128)
+    results = []
+    for options, is_used in ((train_step.ONEDNN, True), ({}, False)):
+        monkeypatch.setattr(train_step, "ONEDNN", options)
+        state = drawn.state(run, SEED, spread=0.05)
+        step = make_train_step(run).lower(state, batch, jnp.int32(1)).compile(drawn.FAST_COMPILE)
+        assert ("__onednn$matmul" in step.as_text()) == is_used
+        state, metrics = step(state, batch, jnp.int32(1))
+        results.append((drawn.leaves((state.model, state.opt_state)), metrics))
+    assert_same(*results)
 
 
 def test_the_state_is_donated():

@@ -1,6 +1,6 @@
 """Our side of `train_step.py`: the real train step of a run file's kind of run.
 
-python benchmarks/dsjax_worker.py ROWS [AXIS=SIZE ...]     (a mesh of virtual devices)
+python benchmarks/train_step_workers/with_dsjax.py ROWS [AXIS=SIZE ...]     (on virtual devices)
 """
 
 import math
