@@ -80,12 +80,17 @@ clean: ## remove all environments and every cache; runs/ stays
 	rm -rf $(VENV) $(ORACLE) $(AOT) .pytest_cache .ruff_cache .hypothesis build dist dsjax.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# An environment in folder $(1), unless one is there whose Python starts.
+define made
+$(1)/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
+  python="$(PYTHON)"; \
+  python=$${python:-$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3)} || exit 1; \
+  echo "making $(1) with $$python"; \
+  "$$python" -m venv --clear $(1); }
+endef
+
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
-	  python="$(PYTHON)"; \
-	  python=$${python:-$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3)} || exit 1; \
-	  echo "making $(VENV) with $$python"; \
-	  "$$python" -m venv --clear $(VENV); }
+	@$(call made,$(VENV))
 	@echo "installing the dependencies (about 800 MB, once)"
 	@$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -105,11 +110,7 @@ $(ORACLE_INSTALLED):
 	@touch $@
 
 $(AOT_INSTALLED): pyproject.toml constraints.txt
-	@$(AOT_PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || { \
-	  python="$(PYTHON)"; \
-	  python=$${python:-$$(sh .ci/find_python 3.12 3.14 python3.13 python3.12 python3)} || exit 1; \
-	  echo "making $(AOT) with $$python"; \
-	  "$$python" -m venv --clear $(AOT); }
+	@$(call made,$(AOT))
 	@echo "installing the dependencies and the compilers of TPUs and GPUs (about 2 GB, once)"
 	@$(AOT_PY) -m pip install --quiet -c constraints.txt -e '.[aot]'
 	@touch $@
