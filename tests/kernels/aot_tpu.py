@@ -2,13 +2,13 @@
 
     python tests/kernels/aot_tpu.py [few] [record] [PART OF A NAME]
 
-Runs in an environment with `jax[tpu]`, on any x86-64 Linux machine. For each kernel and chip: does
-it compile, does it fit the chip's memory, and how many instruction bundles are scheduled for it,
-beside the number in tpu_bundles.json; `record` writes that down anew, `few` takes one shape of
-each. Bundles ignore memory and loops, so they compare a kernel with its former self and say nothing
-about speed. Exits with an error when a kernel does not compile, has grown, or has no number to be
-compared with; 0 with the reason where the package is not installed. Another libtpu than the one
-recorded has other numbers: with it kernels are only compiled, and with the one that
+Runs in an environment with `pip install -e '.[aot]'`, on any x86-64 Linux machine. For each kernel
+and chip: does it compile, does it fit the chip's memory, and how many instruction bundles are
+scheduled for it, beside the number in tpu_bundles.json; `record` writes that down anew, `few` takes
+one shape of each. Bundles ignore memory and loops, so they compare a kernel with its former self
+and say nothing about speed. Exits with an error when a kernel does not compile, has grown, or has
+no number to be compared with; 0 with the reason where the package is not installed. Another libtpu
+than the one recorded has other numbers: with it kernels are only compiled, and with the one that
 `constraints.txt` pins that is an error, too.
 """
 
@@ -53,7 +53,7 @@ def complaint(name: str, count: int, known: Mapping[str, int]) -> str | None:
 
 def main(words: Sequence[str]) -> int:
     if importlib.util.find_spec("libtpu") is None:
-        print("skipped: no libtpu here; pip install 'jax[tpu]'")
+        print("skipped: no libtpu here; pip install -e '.[aot]'")
         return 0
     dumps = Path(tempfile.mkdtemp())
     os.environ |= {

@@ -83,7 +83,7 @@ def test_batches_and_weights_that_do_not_divide_are_named():
     importlib.util.find_spec("libtpu") is not None, reason="about machines without libtpu"
 )
 def test_without_a_compiler_arithmetic_says_so():
-    with pytest.raises(absent.NoCompiler, match=r"pip install -e '\.\[tpu\]'"):
+    with pytest.raises(absent.NoCompiler, match=r"pip install -e '\.\[aot\]'"):
         absent.devices(EIGHT)
     sizes = ["topology=v5p:2x2x2", "batch.size=8", "batch.micro=8", "batch.ramp_from=8"]
     done = planned(MICRO, "mesh.expert=2", *sizes)

@@ -70,7 +70,7 @@ def test_what_cannot_be_planned_is_said(assignments, told):
     importlib.util.find_spec("libtpu") is not None, reason="about machines without libtpu"
 )
 def test_without_a_compiler_the_way_to_one_is_told():
-    with pytest.raises(ValueError, match=r"pip install -e '\.\[tpu\]'.*training steps only"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[aot\]'.*training steps only"):
         plan("configs/tiny_v3.py", ["topology=v5p:2x2x2", "phase=decode", "rows=8", "length=8"])
 
 
