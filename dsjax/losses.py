@@ -79,8 +79,9 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed nats and number of correct guesses over the valid positions.
 
-    Logits exist for one block of tokens at a time, forward and backward, in at least FP32, and each
-    device has those of its own part of the vocabulary.
+    Logits exist for one block of tokens at a time, in at least FP32, and each device has those of
+    its own part of the vocabulary. Where gradients are wanted, they are formed with the block's
+    logits at hand, so that backward need not compute any again.
     """
     hidden_BTD = sharding.reshard(hidden_BTD, "batch", "length", None)
     wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
@@ -97,43 +98,93 @@ def cross_entropy(
     return summed(hidden_BTD, head_DV, targets_BT, valid_BT)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(wide, hidden_BTD, head_DV, targets_BT, valid_BT):
     """On one device: its tokens, its part of the vocabulary."""
-    vocab_axes, head_axes = sharding.RULES["vocab"], sharding.RULES["embed"]
-    first = jax.lax.axis_index(sharding.cut(*vocab_axes)) if sharding.cut(*vocab_axes) else 0
-    vocab = first * head_DV.shape[1] + jnp.arange(head_DV.shape[1], dtype=jnp.int32)[None, None]
-    # Here and not block by block are the gradients summed: the head's over tokens, the tokens' over
-    # parts of the vocabulary.
+    hidden_BTD, head_DV = _operands(wide, hidden_BTD, head_DV)
+
+    def add(sums, rows):
+        hidden_BtD, *targets = rows
+        return jax.tree.map(jnp.add, sums, _block(hidden_BtD, head_DV, *targets)), None
+
+    sums, _ = jax.lax.scan(add, _nothing(wide), _blocks(hidden_BTD, targets_BT, valid_BT))
+    return _over_devices(sums)
+
+
+def _with_gradients(wide, hidden_BTD, head_DV, targets_BT, valid_BT):
+    (hidden_BTD, head_DV), pull = jax.vjp(functools.partial(_operands, wide), hidden_BTD, head_DV)
+
+    def add(carry, rows):
+        sums, of_head_DV = carry
+        hidden_BtD, *targets = rows
+        nats, pull, correct = jax.vjp(
+            lambda *operands: _block(*operands, *targets), hidden_BtD, head_DV, has_aux=True
+        )
+        of_hidden_BtD, of_block_DV = pull(jnp.ones_like(nats))
+        sums = jax.tree.map(jnp.add, sums, (nats, correct))
+        return (sums, of_head_DV + of_block_DV), of_hidden_BtD
+
+    (sums, of_head_DV), of_hidden_nBtD = jax.lax.scan(
+        *(add, (_nothing(wide), jnp.zeros_like(head_DV))),
+        _blocks(hidden_BTD, targets_BT, valid_BT),
+    )
+    of_hidden_BTD = rearrange(of_hidden_nBtD, "n b c d -> b (c n) d")
+    return _over_devices(sums), pull((of_hidden_BTD, of_head_DV))
+
+
+def _scaled(wide, gradients, grad):
+    of_nats, _ = grad
+    scaled = jax.tree.map(lambda x: (x.astype(wide) * of_nats).astype(x.dtype), gradients)
+    return *scaled, None, None
+
+
+_cross_entropy.defvjp(_with_gradients, _scaled)
+
+
+def _operands(wide, hidden_BTD, head_DV):
+    """As blocks use them.
+
+    Backward sums here and not block by block: the head's gradients over tokens, the tokens' over
+    parts of the vocabulary.
+    """
+    head_axes = sharding.RULES["embed"]
     head_DV = sharding.gathered(head_DV, *head_axes, axis=0)
     others = (axis for axis in sharding.TOKEN_AXES if axis not in head_axes)
     # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
     head_DV = sharding.varying(head_DV, *others).astype(wide)
-    hidden_BTD = sharding.varying(hidden_BTD, *vocab_axes)
+    return sharding.varying(hidden_BTD, *sharding.RULES["vocab"]), head_DV
+
+
+def _blocks(hidden_BTD, *targets):
+    """Tokens in blocks [n, B, t, ...]."""
     blocks = equal_parts(hidden_BTD.shape[1], at_most=TOKEN_BLOCK, least=2)
+    return tuple(rearrange(x, "b (c n) ... -> n b c ...", n=blocks) for x in (hidden_BTD, *targets))
 
-    def split(x):
-        return rearrange(x, "b (c n) ... -> n b c ...", n=blocks)
 
-    @jax.checkpoint
-    def block(sums, rows):
-        hidden_BtD, targets_Bt, valid_Bt = rows
-        logits_BtV = jnp.einsum(
-            "BTD,DV->BTV",
-            hidden_BtD,
-            head_DV.astype(hidden_BtD.dtype),
-            preferred_element_type=head_DV.dtype,
-        )
-        target_BtV = jnp.where(vocab == targets_Bt[..., None], logits_BtV, 0)
-        target_Bt = sharding.summed(target_BtV.sum(-1), *vocab_axes)
-        best_Bt = sharding.largest(jax.lax.stop_gradient(logits_BtV.max(-1)), *vocab_axes)
-        total_Bt = sharding.summed(jnp.exp(logits_BtV - best_Bt[..., None]).sum(-1), *vocab_axes)
-        nats_Bt = jnp.log(total_Bt) + best_Bt - target_Bt
-        correct_Bt = (target_Bt >= best_Bt) & valid_Bt
-        nats, correct = sums
-        nats += jnp.where(valid_Bt, nats_Bt, 0).sum()
-        return (nats, correct + correct_Bt.sum(dtype=jnp.float32)), None
+def _block(hidden_BtD, head_DV, targets_Bt, valid_Bt):
+    """Summed nats and number of correct guesses of one block."""
+    vocab_axes = sharding.RULES["vocab"]
+    first = jax.lax.axis_index(sharding.cut(*vocab_axes)) if sharding.cut(*vocab_axes) else 0
+    vocab = first * head_DV.shape[1] + jnp.arange(head_DV.shape[1], dtype=jnp.int32)[None, None]
+    logits_BtV = jnp.einsum(
+        "BTD,DV->BTV",
+        hidden_BtD,
+        head_DV.astype(hidden_BtD.dtype),
+        preferred_element_type=head_DV.dtype,
+    )
+    target_BtV = jnp.where(vocab == targets_Bt[..., None], logits_BtV, 0)
+    target_Bt = sharding.summed(target_BtV.sum(-1), *vocab_axes)
+    best_Bt = sharding.largest(jax.lax.stop_gradient(logits_BtV.max(-1)), *vocab_axes)
+    total_Bt = sharding.summed(jnp.exp(logits_BtV - best_Bt[..., None]).sum(-1), *vocab_axes)
+    nats_Bt = jnp.log(total_Bt) + best_Bt - target_Bt
+    correct_Bt = (target_Bt >= best_Bt) & valid_Bt
+    return jnp.where(valid_Bt, nats_Bt, 0).sum(), correct_Bt.sum(dtype=jnp.float32)
 
-    zero = jnp.zeros((), head_DV.dtype), jnp.zeros((), jnp.float32)
-    rows = (split(hidden_BTD), split(targets_BT), split(valid_BT))
-    sums, _ = jax.lax.scan(block, sharding.varying(zero, *sharding.TOKEN_AXES), rows)
+
+def _nothing(wide):
+    zero = jnp.zeros((), wide), jnp.zeros((), jnp.float32)
+    return sharding.varying(zero, *sharding.TOKEN_AXES)
+
+
+def _over_devices(sums):
     return jax.tree.map(lambda x: sharding.summed(x, *sharding.TOKEN_AXES), sums)

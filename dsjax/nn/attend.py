@@ -32,6 +32,8 @@ def attend(
     Keys and values are [B, S, N, X], or [B, S, X] when all heads share them. Score matrices of more
     than `QUERY_BLOCK` queries are never formed: the blocks are scanned and recomputed in backward.
     """
+    if values.ndim == 4:
+        queries, keys = zip(joined(queries, keys, values.shape[2]), strict=True)
     blocks = equal_parts(queries[0].shape[1], at_most=QUERY_BLOCK)
     if blocks == 1:
         return _attend(queries, keys, values, visibility, scale)
@@ -56,6 +58,19 @@ def attend(
     return rearrange(out, "n b q ... -> b (q n) ...")
 
 
+def joined(
+    queries: Sequence[Float[Array, "B T N _"]], keys: Sequence[Float[Array, "B S *_"]], heads: int
+) -> tuple[Float[Array, "B T N X"], Float[Array, "B S N X"]]:
+    """One query and one key per head, so that scores are one product and not a sum of several."""
+
+    def with_heads(key):
+        if key.ndim == 4:
+            return key
+        return jnp.broadcast_to(key[:, :, None], (*key.shape[:2], heads, key.shape[2]))
+
+    return jnp.concatenate(queries, axis=-1), jnp.concatenate(list(map(with_heads, keys)), axis=-1)
+
+
 def _attend(queries, keys, values, visibility: Visibility, scale: float):
     wide = np.promote_types(queries[0].dtype, jnp.float32)
     scores_BNTS = sum(
@@ -68,7 +83,13 @@ def _attend(queries, keys, values, visibility: Visibility, scale: float):
         for query, key in zip(queries, keys, strict=True)
     )
     seen_B1TS = visibility.matrix()[:, None]
-    weights_BNTS = jax.nn.softmax(jnp.where(seen_B1TS, scores_BNTS * scale, -jnp.inf), axis=-1)
-    weights_BNTS = weights_BNTS.astype(values.dtype)
+    scores_BNTS = jnp.where(seen_B1TS, scores_BNTS * scale, -jnp.inf)
+    best_BNT1 = jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True))
+    # Divided by their sum last: the values' rows are shorter than those of scores.
+    weights_BNTS = jnp.exp(scores_BNTS - best_BNT1)
+    total_BNT = weights_BNTS.sum(-1)
     subscripts = "BNTS,BSNX->BTNX" if values.ndim == 4 else "BNTS,BSX->BTNX"
-    return jnp.einsum(subscripts, weights_BNTS, values)
+    sums_BTNX = jnp.einsum(
+        subscripts, weights_BNTS.astype(values.dtype), values, preferred_element_type=wide
+    )
+    return (sums_BTNX / jnp.swapaxes(total_BNT, 1, 2)[..., None]).astype(values.dtype)

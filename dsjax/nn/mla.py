@@ -108,17 +108,16 @@ class MlaAttention(nnx.Module):
         With a cache, row b must hold consecutive positions; they are the slots written, of `layer`.
         """
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        query_BTNX = self.query(x_BTD)
-        q_nope_BTNH = query_BTNX[..., :nope]
-        q_rope_BTNR = rope.rotate(query_BTNX[..., nope:], places.positions_BT, self.config.rope)
+        q_nope_BTNH, q_rope_BTNR = jnp.split(self.query(x_BTD), [nope], axis=-1)
+        q_rope_BTNR = rope.rotate(q_rope_BTNR, places.positions_BT, self.config.rope)
 
         joint_BTX = products.value.einsum("BTD,DX->BTX", x_BTD, self.kv_a_proj[...])
         joint_BTX = sharding.reshard(joint_BTX, "batch", "length", None)
         joint_BTX = checkpoint_name(joint_BTX, LATENTS)
-        latent_BTC = self.kv_a_norm(joint_BTX[..., :rank])
-        rope_BTR = rope.rotate(joint_BTX[:, :, None, rank:], places.positions_BT, self.config.rope)[
-            :, :, 0
-        ]
+        latent_BTC, rope_BTR = jnp.split(joint_BTX, [rank], axis=-1)
+        latent_BTC = self.kv_a_norm(latent_BTC)
+        rope_BT1R = rope.rotate(rope_BTR[:, :, None], places.positions_BT, self.config.rope)
+        rope_BTR = rope_BT1R.squeeze(2)
 
         if cache is None:
             out_BTNW = causal(
@@ -159,7 +158,8 @@ class MlaAttention(nnx.Module):
         keys_values_BSNX = products.value.einsum("BSC,CNX->BSNX", latent_BSC, up_CNX)
         if isinstance(up_CNX, BlockScaled):
             keys_values_BSNX = sharding.own_slice(keys_values_BSNX, "heads", axis=2)
-        return (keys_values_BSNX[..., :nope], rope_BSR), keys_values_BSNX[..., nope:]
+        keys_BSNH, values_BSNW = jnp.split(keys_values_BSNX, [nope], axis=-1)
+        return (keys_BSNH, rope_BSR), values_BSNW
 
     def expanded(self, q_nope_BTNH, q_rope_BTNR, latent_BSC, rope_BSR, seen):
         """Multi-head attention over keys and values unfolded from the latents: [B, T, N, W]."""

@@ -1,5 +1,6 @@
 """SwiGLU feed-forward layer, dense or shared expert."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,7 +20,9 @@ class SwiGlu(nnx.Module):
         residual = sharding.residual(x_BTD.shape[1])
         x_BTD = sharding.reshard(x_BTD, "batch", "length", None)
         pair_BTPF = products.value.einsum("BTD,DPF->BTPF", x_BTD, self.gate_up_proj[...])
-        hidden_BTF = products.value.swiglu(pair_BTPF[:, :, 0], pair_BTPF[:, :, 1])
+        # Split and not sliced: backward joins the gradients, where slices' are padded and added.
+        gate_BTF, up_BTF = (x.squeeze(2) for x in jnp.split(pair_BTPF, 2, axis=2))
+        hidden_BTF = products.value.swiglu(gate_BTF, up_BTF)
         return products.value.einsum(
             "BTF,FD->BTD", hidden_BTF, self.down_proj[...], axes=("batch", residual, None)
         )

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsjax import sharding
 from dsjax.nn import masks, zigzag
+from dsjax.nn.attend import joined
 from dsjax.nn.context import Core
 from dsjax.nn.masks import Places
 
@@ -95,21 +96,13 @@ def core(
 
 def _on_device(scale: float, queries, keys, value_BSNW, operands):
     kernel, segments_BT, segments_BS = operands
-    heads = value_BSNW.shape[2]
-    query_BTNX = jnp.concatenate(queries, axis=-1) * scale
-    key_BSNX = jnp.concatenate([_with_heads(key, heads) for key in keys], axis=-1)
+    query_BTNX, key_BSNX = joined(queries, keys, value_BSNW.shape[2])
 
     def row(query_TNX, key_SNX, value_SNW, segments_T, segments_S):
         out_NTW = kernel(
-            *(jnp.swapaxes(x, 0, 1) for x in (query_TNX, key_SNX, value_SNW)),
+            *(jnp.swapaxes(x, 0, 1) for x in (query_TNX * scale, key_SNX, value_SNW)),
             segment_ids=library.SegmentIds(segments_T, segments_S),
         )
         return jnp.swapaxes(out_NTW, 0, 1).astype(value_SNW.dtype)
 
     return jax.vmap(row)(query_BTNX, key_BSNX, value_BSNW, segments_BT, segments_BS)
-
-
-def _with_heads(key, heads: int):
-    if key.ndim == 4:
-        return key
-    return jnp.broadcast_to(key[:, :, None], (*key.shape[:2], heads, key.shape[2]))

@@ -45,9 +45,8 @@ def _layout(sizes_G: Array, num_rows: int) -> _Layout:
 
 
 def _in_blocks(x_MK: Array, layout: _Layout) -> Array:
-    """Rows in blocks [G, room, K]; places no row fills are zeros."""
-    row_GB, mine_GB = layout.rows_GB
-    return jnp.where(mine_GB[..., None], x_MK.at[row_GB].get(mode="clip"), 0)
+    """Rows in blocks [G, room, K]; places that the group does not fill hold any row."""
+    return x_MK.at[layout.rows_GB[0]].get(mode="clip")
 
 
 def _in_rows(blocks_GBN: Array, layout: _Layout, num_rows: int) -> Array:
@@ -62,30 +61,27 @@ def _in_rows(blocks_GBN: Array, layout: _Layout, num_rows: int) -> Array:
     return jnp.where(placed_M[:, None], rows, 0)
 
 
-def _over_the_rest(layout: _Layout, step, carry):
-    """carry = step(carry, group, first_row, rows_left) for tiles of the rows that had no room."""
+def _over_the_rest(layout: _Layout, num_rows: int, step, carry):
+    """carry = step(carry, group, first, mine) for tiles of the rows that had no room.
 
-    def group_body(group, carry):
-        first = layout.start_G[group] + layout.room
-        tiles = (layout.end_G[group] - first + TILE - 1) // TILE
+    A tile begins with row `first`; `mine` [R, 1] says which of its rows are the group's and had no
+    room. With balanced routing there is no tile.
+    """
+    tile = min(TILE, num_rows)
+    first_G = layout.start_G + layout.room
+    tiles_G = jnp.maximum(-(-(layout.end_G - first_G) // tile), 0)
+    behind_G = jnp.cumsum(tiles_G)
 
-        def tile_body(index, carry):
-            row = first + index * TILE
-            return step(carry, group, row, layout.end_G[group] - row)
+    def body(index, carry):
+        group = (index >= behind_G).sum(dtype=jnp.int32)
+        wanted = first_G[group] + (index - behind_G[group] + tiles_G[group]) * tile
+        # A last tile would reach past the end; it begins earlier and takes only what is its own.
+        first = jnp.minimum(wanted, num_rows - tile)
+        row_R1 = first + jnp.arange(tile, dtype=jnp.int32)[:, None]
+        mine_R1 = (row_R1 >= wanted) & (row_R1 < layout.end_G[group])
+        return step(carry, group, first, mine_R1)
 
-        return lax.fori_loop(0, jnp.maximum(tiles, 0), tile_body, carry)
-
-    return lax.fori_loop(0, layout.start_G.shape[0], group_body, carry)
-
-
-def _if_any_rest(layout: _Layout, finish, done):
-    """finish(done) where a group has more rows than room; with balanced routing none has."""
-    return lax.cond((layout.end_G - layout.start_G > layout.room).any(), finish, lambda x: x, done)
-
-
-def _padded(x: Array) -> Array:
-    """A last tile may reach past the end."""
-    return jnp.pad(x, ((0, TILE), (0, 0)))
+    return lax.fori_loop(0, behind_G[-1], body, carry)
 
 
 def rows_times_matrix(
@@ -111,24 +107,17 @@ def rows_times_matrix(
     else:
         out = jnp.zeros_like(x_MK, shape=(num_rows, w_GKN.shape[2 - contract]), dtype=out_dtype)
 
-    def finish(out):
-        x_padded = _padded(x_MK)
+    def step(out, group, first, mine_R1):
+        tile = lax.dynamic_slice_in_dim(x_MK, first, len(mine_R1))
+        matrix = lax.dynamic_index_in_dim(w_GKN, group, keepdims=False)
+        product = lax.dot_general(
+            tile, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=wide
+        )
+        there = lax.dynamic_slice_in_dim(out, first, len(mine_R1))
+        rows = jnp.where(mine_R1, product.astype(out.dtype), there)
+        return lax.dynamic_update_slice_in_dim(out, rows, first, 0)
 
-        def step(out, group, row, rows_left):
-            tile = lax.dynamic_slice_in_dim(x_padded, row, TILE)
-            matrix = lax.dynamic_index_in_dim(w_GKN, group, keepdims=False)
-            product = lax.dot_general(
-                tile, matrix, (((1,), (contract,)), ((), ())), preferred_element_type=wide
-            )
-            mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
-            there = lax.dynamic_slice_in_dim(out, row, TILE)
-            return lax.dynamic_update_slice_in_dim(
-                out, jnp.where(mine, product.astype(out.dtype), there), row, 0
-            )
-
-        return _over_the_rest(layout, step, _padded(out))[:num_rows]
-
-    return _if_any_rest(layout, finish, out)
+    return _over_the_rest(layout, num_rows, step, out)
 
 
 def rows_transposed_times_rows(
@@ -136,33 +125,29 @@ def rows_transposed_times_rows(
 ) -> Array:
     """sum over a group's rows of x^T y: [G, K, N], the gradient of the group's matrix."""
     wide = np.promote_types(x_MK.dtype, jnp.float32)
-    layout = _layout(sizes_G, x_MK.shape[0])
+    num_rows = x_MK.shape[0]
+    layout = _layout(sizes_G, num_rows)
     if layout.room:
+        # Both factors: a NaN of another group's row times zero would be one here.
+        mine_GB1 = layout.rows_GB[1][..., None]
+        left, right = (jnp.where(mine_GB1, _in_blocks(one, layout), 0) for one in (x_MK, y_MN))
         batched = (((1,), (1,)), ((0,), (0,)))
-        blocks = _in_blocks(x_MK, layout), _in_blocks(y_MN, layout)
-        grads = lax.dot_general(*blocks, batched, preferred_element_type=wide)
+        grads = lax.dot_general(left, right, batched, preferred_element_type=wide)
     else:
         shape = (sizes_G.shape[0], x_MK.shape[1], y_MN.shape[1])
         grads = jnp.zeros_like(x_MK, shape=shape, dtype=wide)
 
-    def finish(grads):
-        x_padded, y_padded = _padded(x_MK), _padded(y_MN)
+    def step(grads, group, first, mine_R1):
+        left, right = (
+            jnp.where(mine_R1, lax.dynamic_slice_in_dim(one, first, len(mine_R1)), 0)
+            for one in (x_MK, y_MN)
+        )
+        product = lax.dot_general(
+            left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
+        )
+        return lax.dynamic_update_index_in_dim(grads, grads[group] + product, group, 0)
 
-        def step(grads, group, row, rows_left):
-            mine = jnp.arange(TILE, dtype=jnp.int32)[:, None] < rows_left
-            # Both: a NaN of another group's row times zero would be one here.
-            left, right = (
-                jnp.where(mine, lax.dynamic_slice_in_dim(one, row, TILE), 0)
-                for one in (x_padded, y_padded)
-            )
-            product = lax.dot_general(
-                left, right, (((0,), (0,)), ((), ())), preferred_element_type=wide
-            )
-            return lax.dynamic_update_index_in_dim(grads, grads[group] + product, group, 0)
-
-        return _over_the_rest(layout, step, grads)
-
-    return _if_any_rest(layout, finish, grads).astype(out_dtype)
+    return _over_the_rest(layout, num_rows, step, grads).astype(out_dtype)
 
 
 blocks = differentiable(rows_times_matrix, rows_transposed_times_rows)
