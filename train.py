@@ -5,6 +5,7 @@ The same command continues a run that was stopped, at the last checkpoint and bi
 several machines it is started once on each (docs/launch.md); process 0 writes and prints.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -115,6 +116,16 @@ class Setup(NamedTuple):
     goodput: metrics.Goodput
 
 
+class Flight(NamedTuple):
+    """A step that devices may still be computing, and what is to be done when they have."""
+
+    step: int
+    values: dict
+    rows: Sequence[Row | None]
+    evaluates: bool
+    saves: bool
+
+
 def first_state(run: Run, placement: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """Step 0, with drawn weights or those of `run.init_from`."""
     if run.init_from is None:
@@ -180,7 +191,7 @@ def train(run: Run, setup: Setup) -> None:
     train_step = make_train_step(run)
     before = metrics.read(folder.local)[-run.guard.window :] if log else []
     guard = LossGuard(run.guard, processes.from_first([record["loss"] for record in before]))
-    trace = StepTrace(run.profile if log else None, folder.local / "profile")
+    trace = StepTrace(run.profile, folder.local / "profile" if log else None)
     peak = flops.peak_flops(jax.devices())
     step = first = int(state.step)
     saved_at = time.monotonic()
@@ -225,37 +236,52 @@ def train(run: Run, setup: Setup) -> None:
         if evaluate.lacking:
             bar.say(f"there will be no held-out loss: {evaluate.lacking}")
         is_last = step >= run.steps
+        flights: collections.deque[Flight] = collections.deque()
         while not is_last:
-            began = time.monotonic()
+            if not flights:
+                began = time.monotonic()
             used = batches.used_micros(run.batch, step, run.steps)
-            with trace.begin(step + 1):
+            with trace.around(step + 1):
                 its_rows = batches.take(rows, run.batch, used, mesh)
                 batch = batches.training_batch(its_rows, run.batch, mesh)
                 state, values = train_step(state, batch, jnp.int32(used))
-                values = jax.device_get(values)
             step += 1
-            trace.end(step)
-            seconds = time.monotonic() - began
-            record = step_record(run, step, values, seconds, peak)
-            # The first step of a start is mostly compilation.
-            record["goodput"] = goodput.after(seconds if step > first + 1 else 0.0)
-            complaint = guard.complaint(record["loss"], record["grad_norm"])
             is_last = stop_signal.reached(step) or step == run.steps
-            if not complaint and (step % run.evaluation.every == 0 or step == run.steps):
-                record |= evaluate(state.model)
-            if not complaint and (is_last or is_time_to_save()):
-                record |= save(record)
-                saved_at = time.monotonic()
-            if log:
-                log.write(record)
-                if "checkpoint_blocked_seconds" in record:
-                    folder.publish()
-            if complaint:
-                anew = None if checkpoints.latest_step is None else folder.anew
-                advice = ways_out(record["loss"], record["grad_norm"], anew)
-                stop(folder, step, complaint, its_rows, data, advice)
-            bar.update(step, record["loss"], record["tokens_per_second"])
-            watchdog.hear()
+            flight = Flight(
+                step,
+                values,
+                its_rows,
+                evaluates=step % run.evaluation.every == 0 or step == run.steps,
+                saves=is_last or is_time_to_save(),
+            )
+            flights.append(flight)
+            lands = flight.evaluates or flight.saves or trace.changes_after(step)
+            # Else it stays in the air while the next one starts, so that no device waits for us.
+            while len(flights) > (0 if lands else 1):
+                done = flights.popleft()
+                values = jax.device_get(done.values)
+                trace.end(done.step)
+                seconds = time.monotonic() - began
+                began += seconds
+                record = step_record(run, done.step, values, seconds, peak)
+                # The first step of a start is mostly compilation.
+                record["goodput"] = goodput.after(seconds if done.step > first + 1 else 0.0)
+                complaint = guard.complaint(record["loss"], record["grad_norm"])
+                if done.evaluates and not complaint:
+                    record |= evaluate(state.model)
+                if done.saves and not complaint:
+                    record |= save(record)
+                    saved_at = time.monotonic()
+                if log:
+                    log.write(record)
+                    if "checkpoint_blocked_seconds" in record:
+                        folder.publish()
+                if complaint:
+                    anew = None if checkpoints.latest_step is None else folder.anew
+                    advice = ways_out(record["loss"], record["grad_norm"], anew)
+                    stop(folder, done.step, complaint, done.rows, data, advice)
+                bar.update(done.step, record["loss"], record["tokens_per_second"])
+                watchdog.hear()
 
     if step >= run.steps:
         report(run, setup, state.model)

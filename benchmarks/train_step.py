@@ -5,7 +5,8 @@
 
 Both sides: FP32, AdamW, batch 4 x 128 random tokens, two threads on two cores. Every contender is a
 process of its own that first compiles and warms up; then they take turns, a few steps each, so that
-a machine whose speed drifts slows them all alike. Ours also moves the router bias, adds the
+a machine whose speed drifts slows them all alike. A turn is timed as a whole: as in train.py, ours
+starts a step before it reads the loss of the one before. Ours also moves the router bias, adds the
 sequence-wise balance loss and clips gradients; the peers do none of these. With `--meshes` our
 step alone, batch 8 x 128, on one device and on meshes of eight virtual ones, which share the cores:
 what a mesh costs, not what it would gain.
@@ -63,10 +64,10 @@ class Contender:
         return json.loads(line)
 
     def turn(self, steps: int) -> None:
-        """Lets it take `steps` steps, and keeps their times."""
+        """Lets it take `steps` steps, and keeps the time of one."""
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
-        self.seconds += self._answer()["seconds"]
+        self.seconds.append(self._answer()["seconds"])
 
     def close(self) -> dict:
         """Its last words: peak memory."""

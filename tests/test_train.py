@@ -199,6 +199,48 @@ def test_printed_command_prints_the_same_sample(finished, compiled):
     assert more.stdout.strip("\n") in sample
 
 
+WATCHED = """
+import sys
+import train
+
+make_train_step, step_record = train.make_train_step, train.step_record
+
+def watched(run):
+    step = make_train_step(run)
+    def started(state, *batch):
+        print("event start", int(state.step) + 1)
+        return step(state, *batch)
+    return started
+
+def landed(run, step, *values):
+    print("event land", step)
+    return step_record(run, step, *values)
+
+train.make_train_step, train.step_record = watched, landed
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_step_starts_before_the_last_one_is_read_except_where_it_is_saved(compiled, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", WATCHED, *SMALL),
+            *(f"run_dir={tmp_path / 'run'}", "steps=7", "checkpoint.every=4"),
+        ],
+        cwd=ROOT,
+        env=environment(compiled),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    events = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("event ")]
+    wanted = "start 1 start 2 land 1 start 3 land 2 start 4 land 3 land 4 "
+    wanted += "start 5 start 6 land 5 start 7 land 6 land 7"
+    assert [word for event in events for word in event] == wanted.split()
+
+
 def test_loss_that_explodes_stops_with_the_documents(compiled, tmp_path):
     done = train(tmp_path, compiled, "optim.learning_rate.peak=1e30", "optim.eps=1e-30", of=SMALL)
     assert done.returncode == 3

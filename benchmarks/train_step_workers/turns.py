@@ -7,21 +7,31 @@ import time
 from collections.abc import Callable
 
 
-def take_turns(step: Callable[[], None], *, versions: dict[str, str], warmup: int = 3) -> None:
-    """Times `step` (which must block until it is done) as often as standard input asks."""
-    began = time.perf_counter()
-    step()
-    first = time.perf_counter() - began
-    for _ in range(warmup):
-        step()
+def take_turns(
+    step: Callable[[], None],
+    finish: Callable[[], None] = lambda: None,
+    *,
+    versions: dict[str, str],
+    warmup: int = 3,
+) -> None:
+    """Times turns of as many steps as standard input asks, in seconds per step.
+
+    `step` may return before its work is done; `finish` waits for all of it.
+    """
+
+    def turn(steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        finish()
+        return time.perf_counter() - began
+
+    first = turn(1)
+    turn(warmup)
     print(json.dumps({"first_step_s": first, "versions": versions}), flush=True)
     for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            began = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - began)
-        print(json.dumps({"seconds": seconds}), flush=True)
+        steps = int(line)
+        print(json.dumps({"seconds": turn(steps) / steps}), flush=True)
     # Linux counts kilobytes, macOS bytes.
     unit = 1024**2 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
