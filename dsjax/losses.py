@@ -71,77 +71,97 @@ def target_count(batch: Batch, depth: int) -> Float[Array, ""]:
     return targets(batch, depth)[1].sum(dtype=jnp.float32)
 
 
+class Prediction(NamedTuple):
+    """States of one depth, what they have to predict and where, and the weight of each nat."""
+
+    hidden_BTD: Float[Array, "B T D"]
+    targets_BT: Int[Array, "B T"]
+    valid_BT: Bool[Array, "B T"]
+    weight: Float[Array, ""] | float
+
+
+class Score(NamedTuple):
+    """Summed nats and number of correct guesses over the valid positions; without gradients."""
+
+    nats: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
 def cross_entropy(
-    hidden_BTD: Float[Array, "B T D"],
-    head_DV: Float[Array, "D V"],
-    targets_BT: Int[Array, "B T"],
-    valid_BT: Bool[Array, "B T"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed nats and number of correct guesses over the valid positions.
+    predictions: Sequence[Prediction], head_DV: Float[Array, "D V"]
+) -> tuple[Float[Array, ""], list[Score]]:
+    """The weighted sum of all predictions' nats, differentiable in states and head; the scores.
 
     Logits exist for one block of tokens at a time, in at least FP32, and each device has those of
-    its own part of the vocabulary. Where gradients are wanted, they are formed with the block's
-    logits at hand, so that backward need not compute any again.
+    its own part of the vocabulary. Where gradients are wanted they are formed with the block's
+    logits at hand, so that backward need not compute any again; hence the weights in advance.
     """
-    hidden_BTD = sharding.reshard(hidden_BTD, "batch", "length", None)
-    wide = np.promote_types(hidden_BTD.dtype, jnp.float32)
-    head_DV = sharding.reshard(head_DV, "embed", "vocab")
+    hidden = [sharding.reshard(one.hidden_BTD, "batch", "length", None) for one in predictions]
+    wide = np.promote_types(hidden[0].dtype, jnp.float32)
     rows = sharding.spec("batch", "length")
+    head = sharding.spec("embed", "vocab")
     summed = sharding.local(
         functools.partial(_cross_entropy, wide),
-        in_specs=(
-            *(sharding.spec("batch", "length", None), sharding.spec("embed", "vocab")),
-            *(rows, rows),
-        ),
+        in_specs=(sharding.spec("batch", "length", None), head, (rows, rows, jax.P())),
         out_specs=(jax.P(), jax.P()),
     )
-    return summed(hidden_BTD, head_DV, targets_BT, valid_BT)
+    others = [(one.targets_BT, one.valid_BT, jnp.asarray(one.weight, wide)) for one in predictions]
+    targets, valid, weights = map(list, zip(*others, strict=True))
+    head_DV = sharding.reshard(head_DV, "embed", "vocab")
+    return summed(hidden, head_DV, (targets, valid, weights))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(wide, hidden_BTD, head_DV, targets_BT, valid_BT):
+def _cross_entropy(wide, hidden, head_DV, others):
     """On one device: its tokens, its part of the vocabulary."""
-    hidden_BTD, head_DV = _operands(wide, hidden_BTD, head_DV)
+    hidden, head_DV = _operands(wide, hidden, head_DV)
 
     def add(sums, rows):
         hidden_BtD, *targets = rows
-        return jax.tree.map(jnp.add, sums, _block(hidden_BtD, head_DV, *targets)), None
+        return jax.tree.map(jnp.add, sums, Score(*_block(hidden_BtD, head_DV, *targets))), None
 
-    sums, _ = jax.lax.scan(add, _nothing(wide), _blocks(hidden_BTD, targets_BT, valid_BT))
-    return _over_devices(sums)
+    scores = []
+    for hidden_BTD, targets_BT, valid_BT in zip(hidden, *others[:2], strict=True):
+        blocks = _blocks(hidden_BTD, targets_BT, valid_BT)
+        scores.append(jax.lax.scan(add, _nothing(wide), blocks)[0])
+    return _over_devices(scores, others[2])
 
 
-def _with_gradients(wide, hidden_BTD, head_DV, targets_BT, valid_BT):
-    (hidden_BTD, head_DV), pull = jax.vjp(functools.partial(_operands, wide), hidden_BTD, head_DV)
+def _with_gradients(wide, hidden, head_DV, others):
+    (hidden, head_DV), pull = jax.vjp(functools.partial(_operands, wide), hidden, head_DV)
 
-    def add(carry, rows):
+    def add(weight, carry, rows):
         sums, of_head_DV = carry
         hidden_BtD, *targets = rows
         nats, pull, correct = jax.vjp(
             lambda *operands: _block(*operands, *targets), hidden_BtD, head_DV, has_aux=True
         )
-        of_hidden_BtD, of_block_DV = pull(jnp.ones_like(nats))
-        sums = jax.tree.map(jnp.add, sums, (nats, correct))
+        of_hidden_BtD, of_block_DV = pull(weight * jnp.ones_like(nats))
+        sums = jax.tree.map(jnp.add, sums, Score(nats, correct))
         return (sums, of_head_DV + of_block_DV), of_hidden_BtD
 
-    (sums, of_head_DV), of_hidden_nBtD = jax.lax.scan(
-        *(add, (_nothing(wide), jnp.zeros_like(head_DV))),
-        _blocks(hidden_BTD, targets_BT, valid_BT),
-    )
-    of_hidden_BTD = rearrange(of_hidden_nBtD, "n b c d -> b (c n) d")
-    return _over_devices(sums), pull((of_hidden_BTD, of_head_DV))
+    # One after the other: there is one gradient of the head, to which all add.
+    scores, of_hidden, of_head_DV = [], [], jnp.zeros_like(head_DV)
+    for hidden_BTD, targets_BT, valid_BT, weight in zip(hidden, *others, strict=True):
+        blocks = _blocks(hidden_BTD, targets_BT, valid_BT)
+        (score, of_head_DV), of_hidden_nBtD = jax.lax.scan(
+            functools.partial(add, weight), (_nothing(wide), of_head_DV), blocks
+        )
+        scores.append(score)
+        of_hidden.append(rearrange(of_hidden_nBtD, "n b c d -> b (c n) d"))
+    return _over_devices(scores, others[2]), pull((of_hidden, of_head_DV))
 
 
 def _scaled(wide, gradients, grad):
-    of_nats, _ = grad
-    scaled = jax.tree.map(lambda x: (x.astype(wide) * of_nats).astype(x.dtype), gradients)
-    return *scaled, None, None
+    of_sum, _ = grad
+    scaled = jax.tree.map(lambda x: (x.astype(wide) * of_sum).astype(x.dtype), gradients)
+    return *scaled, None
 
 
 _cross_entropy.defvjp(_with_gradients, _scaled)
 
 
-def _operands(wide, hidden_BTD, head_DV):
+def _operands(wide, hidden, head_DV):
     """As blocks use them.
 
     Backward sums here and not block by block: the head's gradients over tokens, the tokens' over
@@ -152,7 +172,7 @@ def _operands(wide, hidden_BTD, head_DV):
     others = (axis for axis in sharding.TOKEN_AXES if axis not in head_axes)
     # Widened here and narrowed in the block, the head's gradient adds up over blocks in FP32.
     head_DV = sharding.varying(head_DV, *others).astype(wide)
-    return sharding.varying(hidden_BTD, *sharding.RULES["vocab"]), head_DV
+    return sharding.varying(hidden, *sharding.RULES["vocab"]), head_DV
 
 
 def _blocks(hidden_BTD, *targets):
@@ -182,9 +202,12 @@ def _block(hidden_BtD, head_DV, targets_Bt, valid_Bt):
 
 
 def _nothing(wide):
-    zero = jnp.zeros((), wide), jnp.zeros((), jnp.float32)
+    zero = Score(jnp.zeros((), wide), jnp.zeros((), jnp.float32))
     return sharding.varying(zero, *sharding.TOKEN_AXES)
 
 
-def _over_devices(sums):
-    return jax.tree.map(lambda x: sharding.summed(x, *sharding.TOKEN_AXES), sums)
+def _over_devices(scores, weights):
+    """The weighted sum, and all scores."""
+    scores = jax.tree.map(lambda x: sharding.summed(x, *sharding.TOKEN_AXES), scores)
+    total = sum(weight * score.nats for weight, score in zip(weights, scores, strict=True))
+    return total, scores

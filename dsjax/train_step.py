@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,11 +80,16 @@ def make_init(run: Run, placement: TrainState) -> Callable[[], TrainState]:
 
 
 def forward(
-    model: Transformer, batch: Batch, *, remat: str = "none", dtype: jnp.dtype | None = None
-) -> tuple[tuple[Float[Array, ""], ...], Sums]:
-    """Summed cross-entropy of every depth, and the other sums, for one micro-batch.
+    model: Transformer,
+    batch: Batch,
+    weights: Sequence[Float[Array, ""] | float],
+    *,
+    remat: str = "none",
+    dtype: jnp.dtype | None = None,
+) -> tuple[Float[Array, ""], Sums]:
+    """sum_k weights_k * nats_k over the depths, and all sums, for one micro-batch.
 
-    Computed in `dtype`; None is that of the weights.
+    Computed in `dtype`; None is that of the weights. Of the nats the sum alone has gradients.
     """
     wanted = [losses.targets(batch, depth) for depth in range(len(model.mtp) + 1)]
     batch, places, wanted = losses.balanced(batch, wanted)
@@ -95,16 +100,17 @@ def forward(
         main.hidden_BTD, next_tokens, places, remat=remat, dtype=dtype
     )
     head_DV = model.lm_head[...].astype(dtype or model.lm_head.dtype)
-    outcomes = [
-        losses.cross_entropy(hidden_BTD, head_DV, *wanted[depth])
+    predictions = [
+        losses.Prediction(hidden_BTD, *wanted[depth], weights[depth])
         for depth, hidden_BTD in enumerate([main.hidden_BTD, *states])
     ]
-    nats, correct = zip(*outcomes, strict=True)
+    entropy, scores = losses.cross_entropy(predictions, head_DV)
+    nats, correct = zip(*scores, strict=True)
     moe = [stats for group in (*main.stats, mtp_stats) for stats in group if stats is not None]
     zero = jnp.zeros((), np.promote_types(main.hidden_BTD.dtype, jnp.float32))
     balance = sum((stats.balance_B.sum() for stats in moe), start=zero)
     dropped = sum((stats.dropped.sum() for stats in moe), start=jnp.float32(0))
-    return nats, Sums(nats, correct, balance, tuple(stats.load_E for stats in moe), dropped)
+    return entropy, Sums(nats, correct, balance, tuple(stats.load_E for stats in moe), dropped)
 
 
 def _accumulated(function: Callable[[Batch], tuple], batch: Batch, used: Int[Array, ""]) -> tuple:
@@ -150,14 +156,13 @@ def make_train_step(
         graph, params, biases = nnx.split(state.model, nnx.Param, RouterBias)
         totals = _accumulated(count, batch, used)
         weights = (jnp.float32(1.0),) + (mtp_weight(state.step) / max(depths, 1),) * depths
+        # A batch may hold no target of a deep MTP module at all.
+        weights = [w / jnp.maximum(n, 1) for w, n in zip(weights, totals.targets, strict=True)]
         alpha = run.objective.balance_weight / totals.rows
 
         def loss(params, micro: Batch):
             model = nnx.merge(graph, params, biases)
-            nats, sums = forward(model, micro, remat=run.remat, dtype=precision.dtype)
-            terms = zip(weights, nats, totals.targets, strict=True)
-            # A batch may hold no target of a deep MTP module at all.
-            entropy = sum(w * n / jnp.maximum(total, 1) for w, n, total in terms)
+            entropy, sums = forward(model, micro, weights, remat=run.remat, dtype=precision.dtype)
             return entropy + alpha * sums.balance, sums
 
         def gradient(micro: Batch):
@@ -203,7 +208,8 @@ def make_eval_step(run: Run) -> Callable[[Transformer, Batch], tuple]:
     def step(model: Transformer, batch: Batch):
         hidden_BTD = model.hidden(batch.tokens_BT, batch.places, dtype=dtype).hidden_BTD
         head_DV = model.lm_head[...].astype(dtype)
-        nats, _ = losses.cross_entropy(hidden_BTD, head_DV, *losses.targets(batch, 0))
+        prediction = losses.Prediction(hidden_BTD, *losses.targets(batch, 0), 1.0)
+        nats, _ = losses.cross_entropy([prediction], head_DV)
         return nats, losses.target_count(batch, 0)
 
     return jax.jit(precision.applied(step))

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from dsjax import losses
-from dsjax.losses import Batch, cross_entropy, target_count, targets
+from dsjax.losses import Batch, Prediction, cross_entropy, target_count, targets
 from dsjax.train_step import init_state, make_train_step
 from tests import drawn
 from tests.tolerance import TOLERANCE, rel_err
@@ -33,27 +33,47 @@ def inputs(seed: int):
     return hidden_BTD, head_DV, targets_BT.astype(np.int32), valid_BT
 
 
+def scored(hidden_BTD, head_DV, targets_BT, valid_BT, *, weight: float = 1.0):
+    return cross_entropy([Prediction(hidden_BTD, targets_BT, valid_BT, weight)], head_DV)
+
+
 @pytest.mark.parametrize("block", [1, 4, 5, 512])
 def test_sum_and_hits_for_every_block_size(block, seed, monkeypatch):
     monkeypatch.setattr(losses, "TOKEN_BLOCK", block)
     nats, correct = plain(*inputs(seed))
     with jax.enable_x64(True):
-        found_nats, found_correct = cross_entropy(*map(jnp.asarray, inputs(seed)))
-    assert float(found_nats) == pytest.approx(nats, rel=TOLERANCE["f64"])
-    assert found_correct == correct > 0
+        weighted, (score,) = scored(*map(jnp.asarray, inputs(seed)), weight=0.3)
+    assert float(score.nats) == pytest.approx(nats, rel=TOLERANCE["f64"])
+    assert float(weighted) == pytest.approx(0.3 * nats, rel=TOLERANCE["f64"])
+    assert score.correct == correct > 0
 
 
 def test_gradients_are_softmax_minus_one_hot(seed):
-    hidden_BTD, head_DV, targets_BT, valid_BT = inputs(seed)
-    exp_BTV = np.exp(hidden_BTD @ head_DV)
-    logit_grad_BTV = exp_BTV / exp_BTV.sum(-1, keepdims=True) - np.eye(V)[targets_BT]
-    logit_grad_BTV *= 0.3 * valid_BT[..., None]
+    """Of two predictions that share the head, each with its weight, and of a multiple of it all."""
+    weights, drawn_twice = (0.3, 0.7), [inputs(seed), inputs(seed + 1)]
+    head_DV = drawn_twice[0][1]
+
+    def thrice(states, head_DV):
+        predictions = [
+            Prediction(hidden_BTD, *map(jnp.asarray, targets), weight)
+            for hidden_BTD, (_, _, *targets), weight in zip(
+                states, drawn_twice, weights, strict=True
+            )
+        ]
+        return 3 * cross_entropy(predictions, head_DV)[0]
+
     with jax.enable_x64(True):
-        of_hidden, of_head = jax.grad(lambda *x: 0.3 * cross_entropy(*x)[0], argnums=(0, 1))(
-            *map(jnp.asarray, inputs(seed))
-        )
-    assert rel_err(of_hidden, logit_grad_BTV @ head_DV.T) < TOLERANCE["f64"]
-    expected = np.einsum("btd,btv->dv", hidden_BTD, logit_grad_BTV)
+        states = [jnp.asarray(hidden_BTD) for hidden_BTD, *_ in drawn_twice]
+        of_states, of_head = jax.grad(thrice, argnums=(0, 1))(states, jnp.asarray(head_DV))
+    expected = 0
+    for weight, found, (hidden_BTD, _, targets_BT, valid_BT) in zip(
+        weights, of_states, drawn_twice, strict=True
+    ):
+        exp_BTV = np.exp(hidden_BTD @ head_DV)
+        logit_grad_BTV = exp_BTV / exp_BTV.sum(-1, keepdims=True) - np.eye(V)[targets_BT]
+        logit_grad_BTV *= 3 * weight * valid_BT[..., None]
+        assert rel_err(found, logit_grad_BTV @ head_DV.T) < TOLERANCE["f64"]
+        expected += np.einsum("btd,btv->dv", hidden_BTD, logit_grad_BTV)
     assert rel_err(of_head, expected) < TOLERANCE["f64"]
 
 
@@ -61,7 +81,7 @@ def test_gradients_are_softmax_minus_one_hot(seed):
 def test_logits_are_computed_once(wanted, products, seed):
     # Three products with gradients: logits, and those of the tokens and of the head.
     def nats(*operands):
-        return cross_entropy(*operands)[0]
+        return scored(*operands)[0]
 
     function = nats if wanted == "sum" else jax.grad(nats, argnums=(0, 1))
     traced = jax.make_jaxpr(function)(*map(jnp.asarray, inputs(seed)))
@@ -71,10 +91,10 @@ def test_logits_are_computed_once(wanted, products, seed):
 
 def test_large_logits_do_not_overflow():
     hidden_BTD = jnp.full((1, 2, 1), 1e4, jnp.float32)
-    nats, correct = cross_entropy(
+    _, (score,) = scored(
         hidden_BTD, jnp.array([[1.0, -1.0]]), jnp.array([[0, 1]]), jnp.ones((1, 2), bool)
     )
-    assert (float(nats), float(correct)) == (2e4, 1.0)
+    assert (float(score.nats), float(score.correct)) == (2e4, 1.0)
 
 
 def packed() -> Batch:

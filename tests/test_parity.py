@@ -74,7 +74,7 @@ def logits_and_losses(
     model: Transformer, batch: Batch, remat: str = "none"
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """By depth; the losses as training computes them. Token 0 lies past the end of a row."""
-    return all_logits(model, batch), mean_losses(model, batch, remat)
+    return all_logits(model, batch), mean_losses(model, batch, remat)[1]
 
 
 def all_logits(model: Transformer, batch: Batch) -> list[jax.Array]:
@@ -84,10 +84,16 @@ def all_logits(model: Transformer, batch: Batch) -> list[jax.Array]:
     return [model.logits(hidden_BTD) for hidden_BTD in (main, *states)]
 
 
-def mean_losses(model: Transformer, batch: Batch, remat: str) -> list[jax.Array]:
-    nats, _ = forward(model, batch, remat=remat)
-    counts = [losses.target_count(batch, depth) for depth in range(len(nats))]
-    return [n / count.astype(n.dtype) for n, count in zip(nats, counts, strict=True)]
+def mean_losses(
+    model: Transformer, batch: Batch, remat: str, mtp_weight: jax.Array | float = 1.0
+) -> tuple[jax.Array, list[jax.Array]]:
+    """loss + weight * mean(MTP losses), which has gradients, and the losses by depth."""
+    depths, dtype = len(model.mtp), model.lm_head.dtype
+    counts = [losses.target_count(batch, depth).astype(dtype) for depth in range(depths + 1)]
+    shares = [1.0] + [mtp_weight / depths] * depths
+    weights = [share / count for share, count in zip(shares, counts, strict=True)]
+    total, sums = forward(model, batch, weights, remat=remat)
+    return total, [nats / count for nats, count in zip(sums.nats, counts, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="remat", compiler_options=FAST_COMPILE)
@@ -100,8 +106,7 @@ def outcome(
     """
 
     def total(model: Transformer) -> tuple[jax.Array, list[jax.Array]]:
-        main, *mtp = by_depth = mean_losses(model, batch, remat)
-        return main + mtp_weight * sum(mtp) / max(len(mtp), 1), by_depth
+        return mean_losses(model, batch, remat, mtp_weight)
 
     return *jax.grad(total, has_aux=True)(model), all_logits(model, batch)
 

@@ -125,8 +125,8 @@ def test_the_objective_has_no_gradient_in_the_bias():
     run, batch = plain_run(), jax.tree.map(lambda x: x[0], drawn.batch(1))
 
     def objective(model):
-        nats, sums = forward(model, batch, remat="none")
-        return sum(nats) + sums.balance
+        entropy, sums = forward(model, batch, [1.0] * (1 + len(model.mtp)), remat="none")
+        return entropy + sums.balance
 
     gradient = jax.jit(jax.grad(objective)).lower(drawn.state(run, SEED).model)
     gradient = gradient.compile(drawn.FAST_COMPILE)(drawn.state(run, SEED).model)

@@ -47,7 +47,7 @@ def test_every_linear_layer_of_attention_and_feed_forward_asks():
     batch = jax.tree.map(lambda x: x[0], batch)
     assert isinstance(batch, losses.Batch)
     with products(told):
-        jax.eval_shape(lambda model: forward(model, batch), abstract(model))
+        jax.eval_shape(lambda model: forward(model, batch, [1.0, 1.0]), abstract(model))
     main, mtp = ATTENTION + EXPERTS + DENSE, ATTENTION + DENSE
     assert Counter(told.asked[0]) == Counter(main + mtp)
 
