@@ -117,13 +117,11 @@ class Setup(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """A step that devices may still be computing, and what is to be done when they have."""
+    """A step that devices may still be computing: its metrics to come, and its rows."""
 
     step: int
     values: dict
     rows: Sequence[Row | None]
-    evaluates: bool
-    saves: bool
 
 
 def first_state(run: Run, placement: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -246,19 +244,17 @@ def train(run: Run, setup: Setup) -> None:
                 batch = batches.training_batch(its_rows, run.batch, mesh)
                 state, values = train_step(state, batch, jnp.int32(used))
             step += 1
-            is_last = stop_signal.reached(step) or step == run.steps
-            flight = Flight(
-                step,
-                values,
-                its_rows,
-                evaluates=step % run.evaluation.every == 0 or step == run.steps,
-                saves=is_last or is_time_to_save(),
-            )
-            flights.append(flight)
-            lands = flight.evaluates or flight.saves or trace.changes_after(step)
-            # Else it stays in the air while the next one starts, so that no device waits for us.
-            while len(flights) > (0 if lands else 1):
-                done = flights.popleft()
+            flights.append(Flight(step, values, its_rows))
+            while flights:
+                done, evaluates, saves = flights[0], False, False
+                if done.step == step:
+                    is_last = stop_signal.reached(step) or step == run.steps
+                    evaluates = step % run.evaluation.every == 0 or step == run.steps
+                    saves = is_last or is_time_to_save()
+                    if not (evaluates or saves or trace.changes_after(step)):
+                        # It stays in the air while the next one starts: no device waits for us.
+                        break
+                flights.popleft()
                 values = jax.device_get(done.values)
                 trace.end(done.step)
                 seconds = time.monotonic() - began
@@ -267,9 +263,9 @@ def train(run: Run, setup: Setup) -> None:
                 # The first step of a start is mostly compilation.
                 record["goodput"] = goodput.after(seconds if done.step > first + 1 else 0.0)
                 complaint = guard.complaint(record["loss"], record["grad_norm"])
-                if done.evaluates and not complaint:
+                if evaluates and not complaint:
                     record |= evaluate(state.model)
-                if done.saves and not complaint:
+                if saves and not complaint:
                     record |= save(record)
                     saved_at = time.monotonic()
                 if log:

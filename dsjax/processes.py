@@ -191,7 +191,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether `step`, just done, is the last one; to be asked after every step."""
+        """Whether `step`, the last that was started, ends the run; to be asked at every step."""
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental import multihost_utils

@@ -200,16 +200,17 @@ def test_printed_command_prints_the_same_sample(finished, compiled):
 
 
 WATCHED = """
+import itertools
 import sys
 import train
 
 make_train_step, step_record = train.make_train_step, train.step_record
 
 def watched(run):
-    step = make_train_step(run)
-    def started(state, *batch):
-        print("event start", int(state.step) + 1)
-        return step(state, *batch)
+    step, numbers = make_train_step(run), itertools.count(1)
+    def started(*arguments):
+        print("event start", next(numbers))
+        return step(*arguments)
     return started
 
 def landed(run, step, *values):
@@ -221,11 +222,13 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_step_starts_before_the_last_one_is_read_except_where_it_is_saved(compiled, tmp_path):
+def test_a_step_starts_before_the_last_one_is_read(compiled, tmp_path):
+    """Except where that one is saved, evaluated or at the border of a profile."""
     done = subprocess.run(
         [
             *(sys.executable, "-c", WATCHED, *SMALL),
-            *(f"run_dir={tmp_path / 'run'}", "steps=7", "checkpoint.every=4"),
+            *(f"run_dir={tmp_path / 'run'}", "steps=12", "checkpoint.every=10"),
+            *("evaluation.every=6", "profile=3:5"),
         ],
         cwd=ROOT,
         env=environment(compiled),
@@ -236,8 +239,13 @@ def test_a_step_starts_before_the_last_one_is_read_except_where_it_is_saved(comp
     )
     assert done.returncode == 0, done.stderr
     events = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("event ")]
-    wanted = "start 1 start 2 land 1 start 3 land 2 start 4 land 3 land 4 "
-    wanted += "start 5 start 6 land 5 start 7 land 6 land 7"
+    wanted = (
+        "start 1 start 2 land 1 land 2 "  # here the profile begins,
+        "start 3 start 4 land 3 land 4 "  # and here it ends
+        "start 5 start 6 land 5 land 6 "  # evaluated
+        "start 7 start 8 land 7 start 9 land 8 start 10 land 9 land 10 "  # saved
+        "start 11 start 12 land 11 land 12"
+    )
     assert [word for event in events for word in event] == wanted.split()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from dsjax import sharding
 from dsjax.nn.masks import Visibility
 
 QUERY_BLOCK = 512
@@ -66,7 +67,8 @@ def joined(
     def with_heads(key):
         if key.ndim == 4:
             return key
-        return jnp.broadcast_to(key[:, :, None], (*key.shape[:2], heads, key.shape[2]))
+        shared = jnp.broadcast_to(key[:, :, None], (*key.shape[:2], heads, key.shape[2]))
+        return sharding.reshard(shared, "batch", None, "heads", None)
 
     return jnp.concatenate(queries, axis=-1), jnp.concatenate(list(map(with_heads, keys)), axis=-1)
 
@@ -83,13 +85,7 @@ def _attend(queries, keys, values, visibility: Visibility, scale: float):
         for query, key in zip(queries, keys, strict=True)
     )
     seen_B1TS = visibility.matrix()[:, None]
-    scores_BNTS = jnp.where(seen_B1TS, scores_BNTS * scale, -jnp.inf)
-    best_BNT1 = jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True))
-    # Divided by their sum last: the values' rows are shorter than those of scores.
-    weights_BNTS = jnp.exp(scores_BNTS - best_BNT1)
-    total_BNT = weights_BNTS.sum(-1)
+    weights_BNTS = jax.nn.softmax(jnp.where(seen_B1TS, scores_BNTS * scale, -jnp.inf), axis=-1)
+    weights_BNTS = weights_BNTS.astype(values.dtype)
     subscripts = "BNTS,BSNX->BTNX" if values.ndim == 4 else "BNTS,BSX->BTNX"
-    sums_BTNX = jnp.einsum(
-        subscripts, weights_BNTS.astype(values.dtype), values, preferred_element_type=wide
-    )
-    return (sums_BTNX / jnp.swapaxes(total_BNT, 1, 2)[..., None]).astype(values.dtype)
+    return jnp.einsum(subscripts, weights_BNTS, values)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax import sharding
 from dsjax.nn import attend as attend_file
 from dsjax.nn import masks
 from dsjax.nn.attend import attend
@@ -58,6 +59,22 @@ def test_every_block_size_gives_the_plain_formula(block, shared_values, seed, mo
     x = inputs(seed, shared_values=shared_values)
     with jax.enable_x64(True):
         found = ours({name: jnp.asarray(value) for name, value in x.items()})
+    assert rel_err(found, plain(x)) < TOLERANCE["f64"]
+
+
+@pytest.mark.parametrize("shared_values", [False, True], ids=["own values", "shared values"])
+def test_heads_may_lie_over_tensor(shared_values, seed):
+    """As where a prompt is read into a cache; what all heads share lies on every device."""
+    x = inputs(seed, shared_values=shared_values)
+    with jax.enable_x64(True), jax.set_mesh(sharding.make_mesh(jax.devices()[:N], tensor=N)):
+        found = jax.jit(ours)(
+            {
+                name: sharding.reshard(
+                    jnp.asarray(value), "batch", None, *("heads", None)[-(value.ndim - 2) :]
+                )
+                for name, value in x.items()
+            }
+        )
     assert rel_err(found, plain(x)) < TOLERANCE["f64"]
 
 
