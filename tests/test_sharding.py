@@ -140,7 +140,7 @@ def check_traffic(program: str, model: Model, *, by_experts: bool) -> None:
     # MTP's embedding is computed again in backward.
     gathered = sum(2 * size(layer, is_cut) for layer in layers) + head + (2 * depths - 1) * tokens
     assert sent["all-gather"].payload == gathered
-    scattered = size(layers, is_cut) + depths * head
+    scattered = size(layers, is_cut) + head
     assert sent["reduce-scatter"].payload == scattered
     summed = size(layers, lambda v: is_summed(v) and not is_cut(v)) + size(weights.norm)
     # And some numbers: losses, loads, norms of the gradients.
