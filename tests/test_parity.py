@@ -90,7 +90,7 @@ def mean_losses(
     """loss + weight * mean(MTP losses), which has gradients, and the losses by depth."""
     depths, dtype = len(model.mtp), model.lm_head.dtype
     counts = [losses.target_count(batch, depth).astype(dtype) for depth in range(depths + 1)]
-    shares = [1.0] + [mtp_weight / depths] * depths
+    shares = [1.0] + [mtp_weight / max(depths, 1)] * depths
     weights = [share / count for share, count in zip(shares, counts, strict=True)]
     total, sums = forward(model, batch, weights, remat=remat)
     return total, [nats / count for nats, count in zip(sums.nats, counts, strict=True)]
